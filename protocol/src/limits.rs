@@ -1,0 +1,17 @@
+//! Bounds that both sides keep, so that a peer that lies costs bounded memory.
+
+/// Longest container, exec and sandbox id, bytes.
+pub const MAX_ID: usize = 128;
+
+/// Longest OCI spec or process document, bytes. A ttrpc message holds 4 MiB.
+pub const MAX_SPEC: usize = 3 << 20;
+
+/// Containers of one pod.
+pub const MAX_CONTAINERS: usize = 128;
+
+/// Events the agent keeps for an unconnected host before it stops reaping
+/// details of the oldest out-of-memory events (exits are never dropped).
+pub const MAX_EVENTS: usize = 16 * 1024;
+
+/// Longest `wait_ms` of `NextEvents`.
+pub const MAX_EVENT_WAIT_MS: u32 = 30_000;

@@ -1,0 +1,8 @@
+//! vsock ports the agent listens on. The host always connects; the agent refuses
+//! a peer whose CID is not the host's (`VMADDR_CID_HOST`, 2).
+
+/// The agent's ttrpc service.
+pub const AGENT: u32 = 1024;
+
+/// Standard streams of processes, one connection each: see [`crate::stdio`].
+pub const STDIO: u32 = 1025;
