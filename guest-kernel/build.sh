@@ -143,8 +143,9 @@ build_into() { # build_into RESULT_DIR; everything else happens in $work
     verify_config "$work/obj/.config"
 
     version=$("${make[@]}" kernelrelease 2>>"$log")
-    say "building $version with $(nproc) jobs"
-    if ! nice "${make[@]}" -j "$(nproc)" vmlinux >"$log" 2>&1; then
+    local jobs=$(($(nproc) + 1))
+    say "building $version with $jobs jobs"
+    if ! nice "${make[@]}" -j "$jobs" vmlinux >"$log" 2>&1; then
         grep -E 'error|Error|No space' "$log" | head -n 20 >&2 || tail -n 20 "$log" >&2
         die "the compiler failed (above)"
     fi

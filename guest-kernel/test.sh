@@ -86,7 +86,7 @@ $(tail -n 15 "$log")"
 }
 
 started=$SECONDS
-boot "$work/log" -smp 2 -m 512 \
+boot "$work/log" -smp 2 -m 768 \
     -drive id=root,file="$work/root.erofs",format=raw,if=none,readonly=on -device virtio-blk-device,drive=root \
     -drive id=upper,file="$work/upper.ext4",format=raw,if=none -device virtio-blk-device,drive=upper \
     -netdev user,id=net,restrict=on -device virtio-net-device,netdev=net \
