@@ -171,9 +171,9 @@ cache=$(realpath "$cache")
 entry=$cache/kernel-$(inputs_hash)
 
 if [ ! -e "$entry/vmlinux" ]; then
-    # Two builds of the same inputs: the second waits and finds the first's work.
-    exec 9>"$entry.lock"
-    flock -n 9 || { say "waiting for another build of the same kernel"; flock 9; }
+    # One build at a time: a second one of the same inputs finds the first's work.
+    exec 9>"$cache/kernel.lock"
+    flock -n 9 || { say "waiting for another kernel build"; flock 9; }
     if [ ! -e "$entry/vmlinux" ]; then
         started=$SECONDS
         work=$(mktemp -d "$cache/.kernel-build.XXXXXX")
