@@ -47,6 +47,8 @@ pub mod limits;
 pub mod reference;
 pub mod store;
 pub mod tar;
+#[cfg(test)]
+mod testing;
 
 pub use digest::Digest;
 pub use error::{Error, Result};
