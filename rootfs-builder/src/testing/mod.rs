@@ -5,7 +5,7 @@ mod oci;
 mod tar;
 
 pub(crate) use image::{Node, NodeKind, read_image};
-pub(crate) use oci::{Layout, docker_archive, gzip, tar_of_directory};
+pub(crate) use oci::{Layout, config, docker_archive, gzip, tar_of_directory};
 pub(crate) use tar::{Item, TarBuilder, seal};
 
 use std::process::{Command, Stdio};
