@@ -1,1 +1,23 @@
-//! End-to-end tests.
+//! End-to-end tests: every verb and flag of `caisson`, and everything that can go wrong, each in
+//! a real microVM. Run by `tests/run`.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
+mod bad_images;
+mod bad_input;
+mod check;
+mod crash;
+mod exec;
+mod images;
+mod lifecycle;
+mod load;
+mod logs;
+mod run_flags;
+mod run_resources;
+mod run_volumes;
+mod terminal;

@@ -1,0 +1,216 @@
+//! Broken and hostile images, full disks and interrupted loads: refused, and nothing stays.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use caisson_tests::{Command, Finished, Host, Image, Layer};
+use rustix::process::Signal;
+
+const STORE: &str = "/var/lib/caisson/images";
+
+/// All files of the store with their sizes.
+fn store() -> Vec<(PathBuf, u64)> {
+    fn walk(directory: &Path, found: &mut Vec<(PathBuf, u64)>) {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            let path = entry.path();
+            match entry.metadata() {
+                Ok(data) if data.is_dir() => walk(&path, found),
+                Ok(data) if data.len() > 0 => found.push((path, data.len())),
+                _ => {}
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(Path::new(STORE), &mut found);
+    found.sort();
+    found
+}
+
+/// Loads a layout that must be refused and leave the store as it was.
+fn refused(host: &Host, layout: &Path) -> Finished {
+    host.busybox();
+    let before = store();
+    let finished = host
+        .caisson([OsStr::new("load"), OsStr::new("-i"), layout.as_os_str()])
+        .expect_error(&[]);
+    assert_eq!(store(), before, "the store has changed\n{finished}");
+    let listed = host.caisson(["images"]).ok().stdout();
+    assert!(!listed.contains("caisson.test/bad"), "{listed}");
+    finished
+}
+
+fn bad(layer: Layer) -> Image {
+    Image::new("caisson.test/bad:1").layer(layer)
+}
+
+#[test]
+fn a_wrong_digest_is_refused() {
+    let host = Host::claim();
+    let layout = host.scratch().join("layout");
+    bad(Layer::new().file("a", 0o644, "contents")).write_layout(&layout);
+    let blobs = layout.join("blobs/sha256");
+    let layer = fs::read_dir(&blobs)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| fs::read(path).unwrap().starts_with(&[0x1f, 0x8b]))
+        .unwrap();
+    let mut bytes = fs::read(&layer).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&layer, bytes).unwrap();
+    refused(&host, &layout).expect_error(&["digest"]);
+}
+
+#[test]
+fn a_missing_layer_is_refused() {
+    let host = Host::claim();
+    let layout = host.scratch().join("layout");
+    bad(Layer::new().file("a", 0o644, "contents")).write_layout(&layout);
+    for entry in fs::read_dir(layout.join("blobs/sha256")).unwrap() {
+        let path = entry.unwrap().path();
+        if fs::read(&path).unwrap().starts_with(&[0x1f, 0x8b]) {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    refused(&host, &layout);
+}
+
+#[test]
+fn names_that_lead_out_are_refused() {
+    let host = Host::claim();
+    for (n, layer) in [
+        Layer::new().file("../outside", 0o644, "x"),
+        Layer::new().file("a/../../outside", 0o644, "x"),
+        Layer::new()
+            .symlink("link", "/etc")
+            .file("link/passwd", 0o644, "x"),
+        Layer::new().hard_link("link", "../../etc/passwd"),
+        Layer::new().hard_link("link", "nothing"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let layout = host.scratch().join(n.to_string());
+        bad(layer).write_layout(&layout);
+        refused(&host, &layout);
+    }
+    assert!(!Path::new("/outside").exists());
+}
+
+#[test]
+fn what_is_no_image_is_refused() {
+    let host = Host::claim();
+    let file = host.scratch().join("file");
+    fs::write(&file, b"this is not an archive").unwrap();
+    refused(&host, &file);
+    fs::write(&file, []).unwrap();
+    refused(&host, &file);
+    let empty = host.scratch().join("empty");
+    fs::create_dir(&empty).unwrap();
+    refused(&host, &empty);
+    refused(&host, Path::new("/no/such/file")).expect_error(&["/no/such/file"]);
+}
+
+#[test]
+fn a_truncated_archive_is_refused() {
+    let host = Host::claim();
+    let file = host.scratch().join("archive");
+    Image::busybox("caisson.test/bad:1").write_docker_archive(&file);
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    refused(&host, &file);
+}
+
+#[test]
+fn a_full_disk_is_told_and_nothing_is_left() {
+    let host = Host::claim();
+    let layout = host.scratch().join("layout");
+    // Does not compress: 24 MiB on a disk of 8.
+    let noise: Vec<u8> = (0..24u32 << 20)
+        .scan(1u32, |state, _| {
+            *state ^= *state << 13;
+            *state ^= *state >> 17;
+            *state ^= *state << 5;
+            Some(*state as u8)
+        })
+        .collect();
+    bad(Layer::new().file("noise", 0o644, noise)).write_layout(&layout);
+    // A small disk in the place of the state directory, seen by this command alone.
+    let script = format!(
+        "mkdir -p /var/lib/caisson && mount -t tmpfs -o size=8m tmpfs /var/lib/caisson &&
+         '{caisson}' load -i '{layout}'; echo code $?; find /var/lib/caisson -type f -size +0 | grep -v lock; '{caisson}' images",
+        caisson = host.program().display(),
+        layout = layout.display(),
+    );
+    let finished = Command::new(["unshare", "-m", "sh", "-c", &script])
+        .run()
+        .ok();
+    assert!(!finished.stdout().contains("code 0"), "{finished}");
+    assert!(
+        finished.stderr().to_lowercase().contains("no space"),
+        "{finished}"
+    );
+    assert!(
+        !finished.stdout().contains("/var/lib/caisson/"),
+        "{finished}"
+    );
+    assert!(
+        !finished.stdout().contains("caisson.test/bad"),
+        "{finished}"
+    );
+}
+
+#[test]
+fn an_interrupted_load_leaves_nothing_and_can_be_repeated() {
+    let host = Host::claim();
+    host.busybox();
+    let before = store();
+    let layout = host.scratch().join("layout");
+    let image = Image::new("caisson.test/interrupted:1").layer(Layer::new().file(
+        "large",
+        0o644,
+        vec![7; 64 << 20],
+    ));
+    image.write_layout(&layout);
+    let load = [OsStr::new("load"), OsStr::new("-i"), layout.as_os_str()];
+    for signal in [Signal::KILL, Signal::TERM, Signal::INT] {
+        let running = host.command(load).start();
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        running.signal(signal);
+        running.finish().expect_code(128 + signal.as_raw());
+        // The next command cleans up after one that was killed.
+        host.caisson(["images"]).ok();
+        assert_eq!(store(), before, "after {signal:?}");
+    }
+    host.caisson(load).ok();
+    host.caisson(["rmi", "caisson.test/interrupted:1"]).ok();
+    assert_eq!(store(), before);
+}
+
+#[test]
+fn the_same_image_can_be_loaded_by_many_at_once() {
+    let host = Host::claim();
+    let layout = host.scratch().join("layout");
+    Image::busybox("caisson.test/many:1").write_layout(&layout);
+    let running: Vec<_> = (0..4)
+        .map(|_| {
+            host.command([OsStr::new("load"), OsStr::new("-i"), layout.as_os_str()])
+                .start()
+        })
+        .collect();
+    for running in running {
+        running.finish().ok();
+    }
+    host.caisson(["run", "--rm", "caisson.test/many:1", "echo", "whole"])
+        .expect_stdout("whole\n");
+    host.caisson(["rmi", "caisson.test/many:1"]).ok();
+}
+
+#[test]
+fn rmi_of_an_unknown_image_is_refused() {
+    let host = Host::claim();
+    host.caisson(["rmi", "caisson.test/nothing:1"])
+        .expect_error(&["no such image", "caisson.test/nothing:1"])
+        .expect_code(1);
+}
