@@ -92,7 +92,7 @@ pub enum Error {
     #[error("{reference} has a digest: an image can only be given a name with a tag")]
     DigestReference {
         /// The reference given.
-        reference: Reference,
+        reference: Box<Reference>,
     },
     /// The text cannot be a container's id.
     #[error(
@@ -136,7 +136,7 @@ pub enum Error {
         /// The source.
         source_name: PathBuf,
         /// The name given.
-        reference: Reference,
+        reference: Box<Reference>,
         /// How many images it holds.
         count: usize,
     },

@@ -52,7 +52,7 @@ impl Default for Limits {
             layer_bytes: 64 * GIB,
             image_bytes: 128 * GIB,
             ratio: 200,
-            ratio_from: GIB,
+            ratio_from: 4 * GIB,
             entries: 1_000_000,
             metadata_bytes: 256 * MIB,
             path_bytes: 4095,

@@ -253,6 +253,10 @@ impl<'a> Chunks<'a> {
         if data.is_empty() {
             return Ok(());
         }
+        // Before it is tried: file systems have limits of their own near this one.
+        if offset + data.len() as u64 > u64::from(NULL_ADDRESS) * BLOCK {
+            return Err(ErofsError::TooLarge);
+        }
         self.has_data = true;
         self.image
             .write_all_at(data, offset)

@@ -142,7 +142,10 @@ impl NodeId {
 
 /// The extended attributes of a node, by the number of their name's prefix and the rest of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Xattrs(BTreeMap<(u8, Box<[u8]>), Box<[u8]>>);
+pub struct Xattrs(BTreeMap<Name, Box<[u8]>>);
+
+/// The number of a name's prefix, and the rest of the name.
+type Name = (u8, Box<[u8]>);
 
 /// Why an extended attribute cannot be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

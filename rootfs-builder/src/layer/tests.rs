@@ -29,22 +29,42 @@ fn entry_error(items: impl IntoIterator<Item = Item>) -> EntryError {
 }
 
 fn paths(nodes: &BTreeMap<Vec<u8>, Node>) -> Vec<&str> {
-    nodes.keys().map(|path| std::str::from_utf8(path).unwrap()).collect()
+    nodes
+        .keys()
+        .map(|path| std::str::from_utf8(path).unwrap())
+        .collect()
 }
 
 #[test]
 fn every_kind_of_entry_arrives() {
-    let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b'\n'];
+    let capability = [
+        1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b'\n',
+    ];
     let nodes = layer([
-        Item { mode: 0o1777, ..Item::dir("./") },
+        Item {
+            mode: 0o1777,
+            ..Item::dir("./")
+        },
         Item::dir("bin/"),
-        Item { mode: 0o4755, uid: 1000, gid: 4_000_000_000, ..Item::file("bin/su", "su") }
-            .pax("SCHILY.xattr.security.capability", capability)
-            .pax("mtime", "1234567890.987654321"),
+        Item {
+            mode: 0o4755,
+            uid: 1000,
+            gid: 4_000_000_000,
+            ..Item::file("bin/su", "su")
+        }
+        .pax("SCHILY.xattr.security.capability", capability)
+        .pax("mtime", "1234567890.987654321"),
         Item::hard_link("bin/sudo", "bin/su"),
         Item::symlink("bin/sh", "/does/not/exist"),
-        Item { device: (1, 3), mode: 0o666, ..Item::new("dev/null", b'3') },
-        Item { device: (259, 70_000), ..Item::new("dev/disk", b'4') },
+        Item {
+            device: (1, 3),
+            mode: 0o666,
+            ..Item::new("dev/null", b'3')
+        },
+        Item {
+            device: (259, 70_000),
+            ..Item::new("dev/disk", b'4')
+        },
         Item::new("dev/pipe", b'6'),
         Item::file("empty", ""),
         Item::file(format!("long/{}", "n".repeat(255)), "x"),
@@ -56,13 +76,22 @@ fn every_kind_of_entry_arrives() {
     let root = &nodes[&b""[..]];
     assert_eq!((root.mode, root.mtime), (0o1777, (1_700_000_000, 0)));
     let su = &nodes[&b"bin/su"[..]];
-    assert_eq!((su.mode, su.uid, su.gid, su.links), (0o4755, 1000, 4_000_000_000, 2));
+    assert_eq!(
+        (su.mode, su.uid, su.gid, su.links),
+        (0o4755, 1000, 4_000_000_000, 2)
+    );
     assert_eq!(su.mtime, (1_234_567_890, 987_654_321));
     assert_eq!(su.xattrs[&b"security.capability"[..]], capability);
     assert_eq!(nodes[&b"bin/sudo"[..]].inode, su.inode);
-    assert_eq!(nodes[&b"bin/sh"[..]].kind, NodeKind::Symlink(b"/does/not/exist".to_vec()));
+    assert_eq!(
+        nodes[&b"bin/sh"[..]].kind,
+        NodeKind::Symlink(b"/does/not/exist".to_vec())
+    );
     assert_eq!(nodes[&b"dev/null"[..]].kind, NodeKind::CharDevice(1, 3));
-    assert_eq!(nodes[&b"dev/disk"[..]].kind, NodeKind::BlockDevice(259, 70_000));
+    assert_eq!(
+        nodes[&b"dev/disk"[..]].kind,
+        NodeKind::BlockDevice(259, 70_000)
+    );
     assert_eq!(nodes[&b"dev/pipe"[..]].kind, NodeKind::Other);
     assert_eq!(nodes[&b"empty"[..]].content(), b"");
     assert_eq!(nodes[&b"sizes/inline"[..]].content(), [7; 2048]);
@@ -70,7 +99,10 @@ fn every_kind_of_entry_arrives() {
     assert_eq!(nodes[&b"sizes/odd"[..]].content(), [9; 100_001]);
     // dev was implied: root's, 0755, time 0.
     let dev = &nodes[&b"dev"[..]];
-    assert_eq!((dev.mode, dev.uid, dev.mtime, dev.links), (0o755, 0, (0, 0), 2));
+    assert_eq!(
+        (dev.mode, dev.uid, dev.mtime, dev.links),
+        (0o755, 0, (0, 0), 2)
+    );
     assert_eq!(nodes[&b""[..]].links, 2 + 4);
     assert!(nodes.contains_key(format!("long/{}", "n".repeat(255)).as_bytes()));
 }
@@ -89,7 +121,10 @@ fn whiteouts_become_those_of_overlayfs() {
     assert_eq!(paths(&nodes), ["", "a", "a/gone", "b", "b/new", "c"]);
     assert_eq!(nodes[&b"a/gone"[..]].kind, NodeKind::CharDevice(0, 0));
     assert_eq!(nodes[&b"c"[..]].kind, NodeKind::CharDevice(0, 0));
-    assert_eq!(nodes[&b"b"[..]].xattrs[&b"trusted.overlay.opaque"[..]], b"y");
+    assert_eq!(
+        nodes[&b"b"[..]].xattrs[&b"trusted.overlay.opaque"[..]],
+        b"y"
+    );
     assert!(nodes[&b"a"[..]].xattrs.is_empty());
 }
 
@@ -109,7 +144,10 @@ fn an_entry_beats_a_whiteout_of_its_own_layer() {
         }
         let nodes = layer(items).unwrap();
         assert_eq!(nodes[&b"file"[..]].content(), b"here");
-        assert_eq!(nodes[&b"dir"[..]].xattrs[&b"trusted.overlay.opaque"[..]], b"y");
+        assert_eq!(
+            nodes[&b"dir"[..]].xattrs[&b"trusted.overlay.opaque"[..]],
+            b"y"
+        );
         assert_eq!(nodes[&b"dir/inner"[..]].content(), b"too");
     }
 }
@@ -121,7 +159,10 @@ fn the_last_entry_of_a_path_wins() {
         Item::file("x", "new"),
         Item::dir("d"),
         Item::file("d/kept", "k"),
-        Item { mode: 0o700, ..Item::dir("d") },
+        Item {
+            mode: 0o700,
+            ..Item::dir("d")
+        },
         Item::dir("was-dir"),
         Item::file("was-dir/lost", "l"),
         Item::file("was-dir", "now a file"),
@@ -133,12 +174,27 @@ fn the_last_entry_of_a_path_wins() {
         Item::hard_link("link", "link"),
     ])
     .unwrap();
-    assert_eq!(paths(&nodes), ["", "d", "d/kept", "link", "link-source", "was-dir", "was-file", "x"]);
+    assert_eq!(
+        paths(&nodes),
+        [
+            "",
+            "d",
+            "d/kept",
+            "link",
+            "link-source",
+            "was-dir",
+            "was-file",
+            "x"
+        ]
+    );
     assert_eq!(nodes[&b"x"[..]].content(), b"new");
     assert_eq!(nodes[&b"d"[..]].mode, 0o700);
     assert_eq!(nodes[&b"was-dir"[..]].content(), b"now a file");
     assert_eq!(nodes[&b"was-file"[..]].kind, NodeKind::Directory);
-    assert_eq!((nodes[&b"link"[..]].content(), nodes[&b"link"[..]].links), (&b"s"[..], 1));
+    assert_eq!(
+        (nodes[&b"link"[..]].content(), nodes[&b"link"[..]].links),
+        (&b"s"[..], 1)
+    );
 }
 
 #[test]
@@ -161,17 +217,38 @@ fn parents_that_are_links_stay_within_the_layer() {
     assert_eq!(nodes[&b"etc/passwd"[..]].content(), b"layer's own");
     assert_eq!(nodes[&b"etc/shadow"[..]].content(), b"layer's own");
     assert_eq!(nodes[&b"made/here/file"[..]].content(), b"f");
-    assert_eq!(nodes[&b"lib"[..]].kind, NodeKind::Symlink(b"usr/lib".to_vec()));
+    assert_eq!(
+        nodes[&b"lib"[..]].kind,
+        NodeKind::Symlink(b"usr/lib".to_vec())
+    );
 }
 
 #[test]
 fn hostile_entries_are_refused() {
-    assert_eq!(entry_error([Item::file("../escape", "")]), EntryError::DotDot);
-    assert_eq!(entry_error([Item::file("a/../../escape", "")]), EntryError::DotDot);
-    assert_eq!(entry_error([Item::file("a", ""), Item::hard_link("b", "../a")]), EntryError::DotDot);
-    assert!(matches!(entry_error([Item::hard_link("b", "/etc/passwd")]), EntryError::HardLinkMissing { .. }));
-    assert!(matches!(entry_error([Item::hard_link("b", "b")]), EntryError::HardLinkMissing { .. }));
-    assert!(matches!(entry_error([Item::hard_link("b", "")]), EntryError::HardLinkMissing { .. }));
+    assert_eq!(
+        entry_error([Item::file("../escape", "")]),
+        EntryError::DotDot
+    );
+    assert_eq!(
+        entry_error([Item::file("a/../../escape", "")]),
+        EntryError::DotDot
+    );
+    assert_eq!(
+        entry_error([Item::file("a", ""), Item::hard_link("b", "../a")]),
+        EntryError::DotDot
+    );
+    assert!(matches!(
+        entry_error([Item::hard_link("b", "/etc/passwd")]),
+        EntryError::HardLinkMissing { .. }
+    ));
+    assert!(matches!(
+        entry_error([Item::hard_link("b", "b")]),
+        EntryError::HardLinkMissing { .. }
+    ));
+    assert!(matches!(
+        entry_error([Item::hard_link("b", "")]),
+        EntryError::HardLinkMissing { .. }
+    ));
     assert!(matches!(
         entry_error([Item::file(".wh.w", ""), Item::hard_link("b", "w")]),
         EntryError::HardLinkMissing { .. }
@@ -185,42 +262,128 @@ fn hostile_entries_are_refused() {
         EntryError::ParentNotDirectory { .. }
     ));
     assert_eq!(
-        entry_error([Item::symlink("a", "b"), Item::symlink("b", "a"), Item::file("a/x", "")]),
+        entry_error([
+            Item::symlink("a", "b"),
+            Item::symlink("b", "a"),
+            Item::file("a/x", "")
+        ]),
         EntryError::LinkLoop
     );
-    assert_eq!(entry_error([Item::symlink("l", "")]), EntryError::SymlinkTarget { length: 0 });
+    assert_eq!(
+        entry_error([Item::symlink("l", "")]),
+        EntryError::SymlinkTarget { length: 0 }
+    );
     assert_eq!(entry_error([Item::file("", "")]), EntryError::NotRoot);
     assert_eq!(entry_error([Item::symlink("./", "x")]), EntryError::NotRoot);
-    assert_eq!(entry_error([Item::file("a".repeat(256), "")]), EntryError::NameTooLong);
-    assert_eq!(entry_error([Item::file(".wh..wh..opq", "")]), EntryError::OpaqueRoot);
+    assert_eq!(
+        entry_error([Item::file("a".repeat(256), "")]),
+        EntryError::NameTooLong
+    );
+    assert_eq!(
+        entry_error([Item::file(".wh..wh..opq", "")]),
+        EntryError::OpaqueRoot
+    );
     for whiteout in [".wh.", ".wh..", ".wh...", "d/.wh.", ".wh.d/file"] {
-        assert_eq!(entry_error([Item::file(whiteout, "")]), EntryError::Whiteout, "{whiteout}");
+        assert_eq!(
+            entry_error([Item::file(whiteout, "")]),
+            EntryError::Whiteout,
+            "{whiteout}"
+        );
     }
     assert_eq!(
-        entry_error([Item { device: (4096, 0), ..Item::new("dev", b'3') }]),
-        EntryError::DeviceNumber { major: 4096, minor: 0 }
+        entry_error([Item {
+            device: (4096, 0),
+            ..Item::new("dev", b'3')
+        }]),
+        EntryError::DeviceNumber {
+            major: 4096,
+            minor: 0
+        }
     );
 }
 
 #[test]
 fn limits_are_kept() {
-    let check = |limits: Limits, items: Vec<Item>, what: &str| match convert_with(&TarBuilder::of(items), &limits) {
+    let check = |limits: Limits, items: Vec<Item>, what: &str| match convert_with(
+        &TarBuilder::of(items),
+        &limits,
+    ) {
         Err(LayerError::Limit { what: found, .. }) => assert!(found.contains(what), "{found}"),
-        Err(LayerError::Tar(TarError::Limit { what: found, .. })) => assert!(found.contains(what), "{found}"),
+        Err(LayerError::Tar(TarError::Limit { what: found, .. })) => {
+            assert!(found.contains(what), "{found}")
+        }
         other => panic!("{what}: {other:?}"),
     };
     let limits = Limits::default;
-    let many = (0..11).map(|i| Item::file(format!("f{i}"), "")).collect::<Vec<_>>();
-    check(Limits { entries: 10, ..limits() }, many.clone(), "entries");
-    check(Limits { metadata_bytes: 10, ..limits() }, many, "names and attributes");
-    check(Limits { path_bytes: 9, ..limits() }, vec![Item::file("0123456789", "")], "length of a path");
-    check(Limits { depth: 3, ..limits() }, vec![Item::dir("a/b/c/d")], "depth");
+    let many = (0..11)
+        .map(|i| Item::file(format!("f{i}"), ""))
+        .collect::<Vec<_>>();
+    check(
+        Limits {
+            entries: 10,
+            ..limits()
+        },
+        many.clone(),
+        "entries",
+    );
+    check(
+        Limits {
+            metadata_bytes: 10,
+            ..limits()
+        },
+        many,
+        "names and attributes",
+    );
+    check(
+        Limits {
+            path_bytes: 9,
+            ..limits()
+        },
+        vec![Item::file("0123456789", "")],
+        "length of a path",
+    );
+    check(
+        Limits {
+            depth: 3,
+            ..limits()
+        },
+        vec![Item::dir("a/b/c/d")],
+        "depth",
+    );
     let through_link = vec![Item::symlink("l", "a/b/c"), Item::file("l/d/e", "")];
-    check(Limits { depth: 3, ..limits() }, through_link, "depth");
-    check(Limits { file_bytes: 9, ..limits() }, vec![Item::file("f", "0123456789")], "length of a file");
+    check(
+        Limits {
+            depth: 3,
+            ..limits()
+        },
+        through_link,
+        "depth",
+    );
+    check(
+        Limits {
+            file_bytes: 9,
+            ..limits()
+        },
+        vec![Item::file("f", "0123456789")],
+        "length of a file",
+    );
     let attribute = Item::file("f", "").pax("SCHILY.xattr.user.a", [0; 100]);
-    check(Limits { xattr_bytes: 99, ..limits() }, vec![attribute.clone()], "extended attributes");
-    check(Limits { extended_header_bytes: 99, ..limits() }, vec![attribute], "extended header");
+    check(
+        Limits {
+            xattr_bytes: 99,
+            ..limits()
+        },
+        vec![attribute.clone()],
+        "extended attributes",
+    );
+    check(
+        Limits {
+            extended_header_bytes: 99,
+            ..limits()
+        },
+        vec![attribute],
+        "extended header",
+    );
 }
 
 #[test]
@@ -232,7 +395,10 @@ fn overlay_attributes_and_unknown_kinds_are_left_out() {
         .pax("SCHILY.xattr.user.kept", "k")])
     .unwrap();
     let xattrs = &nodes[&b"d"[..]].xattrs;
-    assert_eq!(xattrs.keys().map(Vec::as_slice).collect::<Vec<_>>(), [b"user.kept"]);
+    assert_eq!(
+        xattrs.keys().map(Vec::as_slice).collect::<Vec<_>>(),
+        [b"user.kept"]
+    );
 }
 
 #[test]
@@ -240,9 +406,12 @@ fn attributes_of_every_length_arrive() {
     let mut items = Vec::new();
     for length in [0, 1, 3, 4, 255, 3900, 4096, 30_000, 65_000] {
         let value = vec![length as u8; length];
-        let item = Item::symlink(format!("link{length}"), "target").pax("SCHILY.xattr.user.v", &value);
+        let item =
+            Item::symlink(format!("link{length}"), "target").pax("SCHILY.xattr.user.v", &value);
         items.push(item);
-        items.push(Item::file(format!("file{length}"), "content").pax("SCHILY.xattr.user.v", &value));
+        items.push(
+            Item::file(format!("file{length}"), "content").pax("SCHILY.xattr.user.v", &value),
+        );
         items.push(Item::dir(format!("dir{length}")).pax("SCHILY.xattr.user.v", &value));
     }
     let nodes = layer(items).unwrap();
@@ -251,14 +420,19 @@ fn attributes_of_every_length_arrive() {
             let node = &nodes[format!("{kind}{length}").as_bytes()];
             assert_eq!(node.xattrs[&b"user.v"[..]].len(), length);
         }
-        assert_eq!(nodes[format!("file{length}").as_bytes()].content(), b"content");
+        assert_eq!(
+            nodes[format!("file{length}").as_bytes()].content(),
+            b"content"
+        );
     }
 }
 
 #[test]
 fn large_directories_are_sorted_for_the_kernels_search() {
     // Names on both sides of "." and "..".
-    let names: Vec<String> = (0..3000).map(|i| format!("d/{}{i}", ["!", "-", ".", "..", "a", "\u{fc}"][i % 6])).collect();
+    let names: Vec<String> = (0..3000)
+        .map(|i| format!("d/{}{i}", ["!", "-", ".", "..", "a", "\u{fc}"][i % 6]))
+        .collect();
     let nodes = layer(names.iter().map(|name| Item::file(name, name))).unwrap();
     assert_eq!(nodes.len(), 3002);
     for name in &names {
@@ -278,7 +452,11 @@ fn holes_take_no_space() {
     let mut zeros = vec![0; 3 << 20];
     zeros[(2 << 20) + 5] = 1;
     let image = convert_with(
-        &TarBuilder::of([sparse, Item::file("zeros", &zeros), Item::file("all-zero", vec![0; 50_000])]),
+        &TarBuilder::of([
+            sparse,
+            Item::file("zeros", &zeros),
+            Item::file("all-zero", vec![0; 50_000]),
+        ]),
         &Limits::default(),
     )
     .unwrap();
@@ -286,13 +464,18 @@ fn holes_take_no_space() {
     assert_eq!(nodes[&b"huge"[..]].kind, NodeKind::File(None, SIZE));
     assert_eq!(nodes[&b"zeros"[..]].content(), zeros);
     assert_eq!(nodes[&b"all-zero"[..]].content(), vec![0; 50_000]);
-    let allocated = std::os::unix::fs::MetadataExt::blocks(&image.as_file().metadata().unwrap()) * 512;
+    let allocated =
+        std::os::unix::fs::MetadataExt::blocks(&image.as_file().metadata().unwrap()) * 512;
     assert!(allocated < 256 << 10, "{allocated} bytes on disk");
 }
 
 #[test]
 fn truncation_anywhere_is_an_error() {
-    let whole = TarBuilder::of([Item::file("a", [1; 700]), Item::dir("b"), Item::file("c", [2; 5000])]);
+    let whole = TarBuilder::of([
+        Item::file("a", [1; 700]),
+        Item::dir("b"),
+        Item::file("c", [2; 5000]),
+    ]);
     let entries_end = whole.len() - 1024;
     for length in 0..entries_end {
         let at_entry = [0, 1536, 2048].contains(&length);
@@ -304,7 +487,9 @@ fn truncation_anywhere_is_an_error() {
 #[test]
 fn the_same_layer_gives_the_same_image() {
     let tar = TarBuilder::of([
-        Item::file("a/b", [5; 9000]).pax("SCHILY.xattr.user.z", "1").pax("SCHILY.xattr.user.a", "2"),
+        Item::file("a/b", [5; 9000])
+            .pax("SCHILY.xattr.user.z", "1")
+            .pax("SCHILY.xattr.user.a", "2"),
         Item::hard_link("c", "a/b"),
         Item::symlink("d", "x".repeat(4000)),
     ]);
@@ -315,9 +500,19 @@ fn the_same_layer_gives_the_same_image() {
 #[test]
 fn a_full_disk_is_a_write_error() {
     // /dev/full opened as the image answers ENOSPC to every write.
-    let image = File::options().read(true).write(true).open("/dev/full").unwrap();
+    let image = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
     let tar = TarBuilder::of([Item::file("a", [1; 9000])]);
-    let result = convert(&tar[..], &image, tempfile::tempfile().unwrap(), &Digest::of(b""), &Limits::default());
+    let result = convert(
+        &tar[..],
+        &image,
+        tempfile::tempfile().unwrap(),
+        &Digest::of(b""),
+        &Limits::default(),
+    );
     match result {
         Err(LayerError::Write(error)) => assert_eq!(error.kind(), io::ErrorKind::StorageFull),
         other => panic!("{other:?}"),
@@ -333,7 +528,13 @@ enum Made {
 }
 
 fn made() -> impl Strategy<Value = Made> {
-    let sizes = prop_oneof![0..20usize, 2040..2060usize, 4090..4100usize, 8190..8200usize, 60_000..70_000usize];
+    let sizes = prop_oneof![
+        0..20usize,
+        2040..2060usize,
+        4090..4100usize,
+        8190..8200usize,
+        60_000..70_000usize
+    ];
     prop_oneof![
         4 => (sizes, any::<u8>()).prop_map(|(size, seed)| {
             // Blocks of zeros among others.

@@ -95,7 +95,7 @@ impl Store {
     pub fn tag(&self, name: &str, reference: &Reference) -> Result<()> {
         if reference.digest().is_some() {
             return Err(Error::DigestReference {
-                reference: reference.clone(),
+                reference: Box::new(reference.clone()),
             });
         }
         let _lock = self.lock()?;

@@ -32,7 +32,7 @@ impl Store {
     pub fn load(&self, source: Source<'_>, name: Option<&Reference>) -> Result<Vec<LoadedImage>> {
         if let Some(reference) = name.filter(|reference| reference.digest().is_some()) {
             return Err(Error::DigestReference {
-                reference: reference.clone(),
+                reference: Box::new(reference.clone()),
             });
         }
         let work = self.work_dir()?;
@@ -282,7 +282,7 @@ fn rename(candidates: &mut [Candidate], reference: &Reference, members: &Members
         }
         several => Err(Error::AmbiguousSource {
             source_name: members.name.clone(),
-            reference: reference.clone(),
+            reference: Box::new(reference.clone()),
             count: several.len(),
         }),
     }

@@ -129,7 +129,7 @@ fn resolve<'a>(
             other => {
                 return Err(Error::UnknownMediaType {
                     what,
-                    media_type: shorten(&other.to_string()),
+                    media_type: shorten(other.as_ref()),
                 });
             }
         }
@@ -242,7 +242,7 @@ fn oci_candidate(
         other => {
             return Err(Error::UnknownMediaType {
                 what: format!("the configuration in manifest {digest}"),
-                media_type: shorten(&other.to_string()),
+                media_type: shorten(other.as_ref()),
             });
         }
     }
@@ -319,6 +319,7 @@ fn names(members: &Members, descriptor: &Descriptor) -> Result<Vec<Reference>> {
 fn tagged(name: &str) -> Result<Reference> {
     let reference: Reference = name.parse()?;
     if reference.digest().is_some() {
+        let reference = Box::new(reference);
         return Err(Error::DigestReference { reference });
     }
     Ok(reference)

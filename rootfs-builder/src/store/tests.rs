@@ -10,7 +10,8 @@ use super::*;
 use crate::error::Error;
 use crate::layer::{EntryError, LayerError};
 use crate::testing::{
-    Item, Layout, NodeKind, TarBuilder, config, docker_archive, fsck, gzip, read_image, tar_of_directory,
+    Item, Layout, NodeKind, TarBuilder, config, docker_archive, fsck, gzip, read_image,
+    tar_of_directory,
 };
 
 /// A store and a place for sources.
@@ -56,10 +57,18 @@ impl Bench {
                 if path.is_dir() {
                     pending.push(path.clone());
                 }
-                files.push(path.strip_prefix(self.store.root()).unwrap().to_str().unwrap().to_owned());
+                files.push(
+                    path.strip_prefix(self.store.root())
+                        .unwrap()
+                        .to_str()
+                        .unwrap()
+                        .to_owned(),
+                );
             }
         }
-        files.retain(|file| !["lock", "version", "layers", "images", "leases", "tmp"].contains(&file.as_str()));
+        files.retain(|file| {
+            !["lock", "version", "layers", "images", "leases", "tmp"].contains(&file.as_str())
+        });
         files.sort();
         files
     }
@@ -85,20 +94,38 @@ fn name(text: &str) -> Reference {
 fn a_layout_becomes_an_image_of_erofs_layers() {
     let bench = Bench::new();
     let mut layout = bench.layout("busybox");
-    let layers =
-        [file_layer("lower"), TarBuilder::of([Item::file(".wh.file", ""), Item::dir("d")]), file_layer("lower")];
+    let layers = [
+        file_layer("lower"),
+        TarBuilder::of([Item::file(".wh.file", ""), Item::dir("d")]),
+        file_layer("lower"),
+    ];
     let image = layout.image(&layers);
-    layout.index(image.clone(), Some("quay.io/me/busybox:1.36")).index(image.clone(), Some("stable"));
+    layout
+        .index(image.clone(), Some("quay.io/me/busybox:1.36"))
+        .index(image.clone(), Some("stable"));
     let loaded = bench.load(&layout.path).unwrap();
     assert_eq!(loaded.len(), 1);
     assert!(loaded[0].new);
-    assert_eq!(loaded[0].references, [name("quay.io/me/busybox:1.36"), name("busybox:stable")]);
+    assert_eq!(
+        loaded[0].references,
+        [name("quay.io/me/busybox:1.36"), name("busybox:stable")]
+    );
     assert_eq!(loaded[0].display_name(), "quay.io/me/busybox:1.36");
 
     let image = bench.store.get("busybox:stable").unwrap();
     assert_eq!(image.id, loaded[0].id);
     assert_eq!(Digest::of(&image.config_json), image.id);
-    assert_eq!(image.config.config().as_ref().unwrap().cmd().as_ref().unwrap(), &["/bin/sh"]);
+    assert_eq!(
+        image
+            .config
+            .config()
+            .as_ref()
+            .unwrap()
+            .cmd()
+            .as_ref()
+            .unwrap(),
+        &["/bin/sh"]
+    );
     assert_eq!(image.layers.len(), 3);
     assert_eq!(image.layers[0], image.layers[2]);
     for (layer, tar) in image.layers.iter().zip(&layers) {
@@ -106,17 +133,43 @@ fn a_layout_becomes_an_image_of_erofs_layers() {
         assert_eq!(fs::metadata(&layer.path).unwrap().len(), layer.size);
         fsck(&layer.path);
     }
-    assert_eq!(read_image(&image.layers[0].path)[&b"file"[..]].content(), b"lower");
-    assert_eq!(read_image(&image.layers[1].path)[&b"file"[..]].kind, NodeKind::CharDevice(0, 0));
-    let created = image.created.unwrap().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    assert_eq!(
+        read_image(&image.layers[0].path)[&b"file"[..]].content(),
+        b"lower"
+    );
+    assert_eq!(
+        read_image(&image.layers[1].path)[&b"file"[..]].kind,
+        NodeKind::CharDevice(0, 0)
+    );
+    let created = image
+        .created
+        .unwrap()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap();
     assert_eq!(created, Duration::from_millis(1_714_979_289_500));
-    assert!(bench.store.get(&format!("quay.io/me/busybox@{}", image.manifest_digest.unwrap())).is_ok());
-    assert!(bench.store.get(&format!("other@{}", image.manifest_digest.unwrap())).is_err());
+    assert!(
+        bench
+            .store
+            .get(&format!(
+                "quay.io/me/busybox@{}",
+                image.manifest_digest.unwrap()
+            ))
+            .is_ok()
+    );
+    assert!(
+        bench
+            .store
+            .get(&format!("other@{}", image.manifest_digest.unwrap()))
+            .is_err()
+    );
 
     let images = bench.store.images().unwrap();
     assert_eq!(images.len(), 1);
     assert_eq!((images[0].layers, images[0].size), (3, image.size));
-    assert_eq!(fs::read_dir(bench.store.temporary_dir()).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(bench.store.temporary_dir()).unwrap().count(),
+        0
+    );
 }
 
 #[test]
@@ -135,7 +188,11 @@ fn every_kind_of_archive_is_the_same_image() {
     let id = bench.load_simple("a", "x");
     let tar = tar_of_directory(&bench.path("layout-x"));
     let zstd = zstd::encode_all(&tar[..], 1).unwrap();
-    for (file, bytes) in [("a.tar", tar.clone()), ("a.tar.gz", gzip(&tar)), ("a.tar.zst", zstd)] {
+    for (file, bytes) in [
+        ("a.tar", tar.clone()),
+        ("a.tar.gz", gzip(&tar)),
+        ("a.tar.zst", zstd),
+    ] {
         fs::write(bench.path(file), bytes).unwrap();
         let fresh = Store::open(bench.path(&format!("store-{file}"))).unwrap();
         let loaded = fresh.load(Source::Path(&bench.path(file)), None).unwrap();
@@ -144,7 +201,16 @@ fn every_kind_of_archive_is_the_same_image() {
         assert_eq!(fresh.get(&id.to_string()).unwrap().layers.len(), 1);
     }
     let mut stream = &gzip(&tar)[..];
-    let loaded = bench.store.load(Source::Stream { reader: &mut stream, name: "standard input" }, None).unwrap();
+    let loaded = bench
+        .store
+        .load(
+            Source::Stream {
+                reader: &mut stream,
+                name: "standard input",
+            },
+            None,
+        )
+        .unwrap();
     assert_eq!(loaded[0].id, id);
 }
 
@@ -155,7 +221,10 @@ fn docker_archives_are_loaded_with_their_tags() {
     let archive = docker_archive(&["busybox:1", "example.com/x:y"], &layers);
     fs::write(bench.path("saved.tar"), archive).unwrap();
     let loaded = bench.load(&bench.path("saved.tar")).unwrap();
-    assert_eq!(loaded[0].references, [name("busybox:1"), name("example.com/x:y")]);
+    assert_eq!(
+        loaded[0].references,
+        [name("busybox:1"), name("example.com/x:y")]
+    );
     let image = bench.store.get("busybox:1").unwrap();
     let diff_ids: Vec<Digest> = image.layers.iter().map(|layer| layer.diff_id).collect();
     assert_eq!(diff_ids, layers.map(|tar| Digest::of(&tar)));
@@ -168,13 +237,25 @@ fn a_name_given_replaces_those_of_the_source() {
     let mut layout = bench.layout("l");
     let image = layout.image(&[file_layer("x")]);
     layout.index(image, Some("was:1"));
-    let loaded = bench.store.load(Source::Path(&layout.path), Some(&name("now:2"))).unwrap();
+    let loaded = bench
+        .store
+        .load(Source::Path(&layout.path), Some(&name("now:2")))
+        .unwrap();
     assert_eq!(loaded[0].references, [name("now:2")]);
-    assert!(matches!(bench.store.get("was:1"), Err(Error::NotFound { .. })));
+    assert!(matches!(
+        bench.store.get("was:1"),
+        Err(Error::NotFound { .. })
+    ));
     let other = layout.image(&[file_layer("y")]);
     layout.index(other, None);
-    let error = bench.store.load(Source::Path(&layout.path), Some(&name("now:3"))).unwrap_err();
-    assert!(matches!(error, Error::AmbiguousSource { count: 2, .. }), "{error}");
+    let error = bench
+        .store
+        .load(Source::Path(&layout.path), Some(&name("now:3")))
+        .unwrap_err();
+    assert!(
+        matches!(error, Error::AmbiguousSource { count: 2, .. }),
+        "{error}"
+    );
     let loaded = bench.load(&layout.path).unwrap();
     assert!(loaded[1].references.is_empty());
     assert_eq!(loaded[1].display_name(), loaded[1].id.to_string());
@@ -193,9 +274,14 @@ fn of_several_platforms_ours_is_chosen() {
     let mut attestation = layout.blob("application/vnd.oci.image.manifest.v1+json", b"{}");
     attestation["platform"] = json!({"os": "unknown", "architecture": "unknown"});
     attestation["annotations"] = json!({"vnd.docker.reference.type": "attestation-manifest"});
-    let index = |manifests: serde_json::Value| json!({"schemaVersion": 2, "manifests": manifests}).to_string();
+    let index = |manifests: serde_json::Value| {
+        json!({"schemaVersion": 2, "manifests": manifests}).to_string()
+    };
     const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-    let inner = layout.blob(INDEX, index(json!([attestation, arm, demanding, ours])).as_bytes());
+    let inner = layout.blob(
+        INDEX,
+        index(json!([attestation, arm, demanding, ours])).as_bytes(),
+    );
     let outer = layout.blob(INDEX, index(json!([inner])).as_bytes());
     layout.index(outer, Some("multi:1"));
     bench.load(&layout.path).unwrap();
@@ -213,7 +299,10 @@ fn of_several_platforms_ours_is_chosen() {
     let mut lying = bench.layout("lying");
     let windows = lying.image_for("windows", "amd64", &[file_layer("w")]);
     lying.index(windows, Some("w:1"));
-    assert!(matches!(bench.refused(&lying.path), Error::WrongPlatform { .. }));
+    assert!(matches!(
+        bench.refused(&lying.path),
+        Error::WrongPlatform { .. }
+    ));
 }
 
 #[test]
@@ -236,26 +325,42 @@ fn damaged_blobs_are_refused() {
     let (layout, _) = build("layer");
     let layer = Digest::of(&gzip(&tar));
     flip(&layout.blob_path(&layer));
-    assert!(matches!(bench.refused(&layout.path), Error::DigestMismatch { expected, .. } if expected == layer));
+    assert!(
+        matches!(bench.refused(&layout.path), Error::DigestMismatch { expected, .. } if expected == layer)
+    );
 
     let (layout, image) = build("manifest");
     let manifest = image["digest"].as_str().unwrap().parse().unwrap();
     flip(&layout.blob_path(&manifest));
-    assert!(matches!(bench.refused(&layout.path), Error::DigestMismatch { expected, .. } if expected == manifest));
+    assert!(
+        matches!(bench.refused(&layout.path), Error::DigestMismatch { expected, .. } if expected == manifest)
+    );
 
     let (layout, _) = build("config");
-    let config = Digest::of(config("linux", "amd64", &[Digest::of(&tar)]).to_string().as_bytes());
+    let config = Digest::of(
+        config("linux", "amd64", &[Digest::of(&tar)])
+            .to_string()
+            .as_bytes(),
+    );
     flip(&layout.blob_path(&config));
-    assert!(matches!(bench.refused(&layout.path), Error::DigestMismatch { expected, .. } if expected == config));
+    assert!(
+        matches!(bench.refused(&layout.path), Error::DigestMismatch { expected, .. } if expected == config)
+    );
 
     let (layout, _) = build("cut");
     let bytes = fs::read(layout.blob_path(&layer)).unwrap();
     fs::write(layout.blob_path(&layer), &bytes[..bytes.len() - 1]).unwrap();
-    assert!(matches!(bench.refused(&layout.path), Error::SizeMismatch { .. }));
+    assert!(matches!(
+        bench.refused(&layout.path),
+        Error::SizeMismatch { .. }
+    ));
 
     let (layout, _) = build("missing");
     fs::remove_file(layout.blob_path(&layer)).unwrap();
-    assert!(matches!(bench.refused(&layout.path), Error::MissingBlob { what: "layer", .. }));
+    assert!(matches!(
+        bench.refused(&layout.path),
+        Error::MissingBlob { what: "layer", .. }
+    ));
 }
 
 #[test]
@@ -271,10 +376,18 @@ fn an_image_that_contradicts_itself_is_refused() {
     let one = file_layer("one");
     let other = Digest::of(&file_layer("two"));
     let error = refuse("diff-id", &|layout| {
-        layout.manifest(config("linux", "amd64", &[other]), vec![layout.blob(LAYER, &gzip(&one))])
+        layout.manifest(
+            config("linux", "amd64", &[other]),
+            vec![layout.blob(LAYER, &gzip(&one))],
+        )
     });
-    assert!(matches!(error, Error::DigestMismatch { expected, .. } if expected == other), "{error}");
-    let error = refuse("count", &|layout| layout.manifest(config("linux", "amd64", &[other]), Vec::new()));
+    assert!(
+        matches!(error, Error::DigestMismatch { expected, .. } if expected == other),
+        "{error}"
+    );
+    let error = refuse("count", &|layout| {
+        layout.manifest(config("linux", "amd64", &[other]), Vec::new())
+    });
     assert!(matches!(error, Error::InvalidImage { .. }), "{error}");
     let error = refuse("type", &|layout| {
         let mut image = layout.image(&[]);
@@ -287,22 +400,47 @@ fn an_image_that_contradicts_itself_is_refused() {
         layout.manifest(config("linux", "amd64", &[other]), vec![layer])
     });
     assert!(matches!(error, Error::UnknownMediaType { .. }), "{error}");
-    for kind in ["oci.image.layer.nondistributable.v1.tar+gzip", "docker.image.rootfs.foreign.diff.tar.gzip"] {
+    for kind in [
+        "oci.image.layer.nondistributable.v1.tar+gzip",
+        "docker.image.rootfs.foreign.diff.tar.gzip",
+    ] {
         let error = refuse(&kind[..6], &|layout| {
             let layer = layout.blob(&format!("application/vnd.{kind}"), b"x");
             layout.manifest(config("linux", "amd64", &[other]), vec![layer])
         });
         assert!(matches!(error, Error::ForeignLayer { .. }), "{error}");
     }
-    let error = refuse("entry", &|layout| layout.image(&[TarBuilder::of([Item::file("../escape", "")])]));
+    let error = refuse("entry", &|layout| {
+        layout.image(&[TarBuilder::of([Item::file("../escape", "")])])
+    });
     let escape = |error: &Error| {
-        matches!(error, Error::Layer { source: LayerError::Entry { reason: EntryError::DotDot, .. }, .. })
+        matches!(
+            error,
+            Error::Layer {
+                source: LayerError::Entry {
+                    reason: EntryError::DotDot,
+                    ..
+                },
+                ..
+            }
+        )
     };
     assert!(escape(&error), "{error}");
     assert!(!bench.path("escape").exists());
     let error = refuse("rubbish", &|layout| layout.image(&[vec![b'x'; 2048]]));
-    assert!(matches!(error, Error::Layer { source: LayerError::Tar(_), .. }), "{error}");
-    let error = refuse("json", &|layout| layout.blob("application/vnd.oci.image.manifest.v1+json", b"[[[["));
+    assert!(
+        matches!(
+            error,
+            Error::Layer {
+                source: LayerError::Tar(_),
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let error = refuse("json", &|layout| {
+        layout.blob("application/vnd.oci.image.manifest.v1+json", b"[[[[")
+    });
     assert!(matches!(error, Error::InvalidImage { .. }), "{error}");
     let error = refuse("sha512", &|_| {
         json!({"mediaType": "application/vnd.oci.image.manifest.v1+json", "size": 1,
@@ -315,8 +453,14 @@ fn an_image_that_contradicts_itself_is_refused() {
 fn what_is_no_image_is_refused() {
     let bench = Bench::new();
     fs::create_dir(bench.path("empty")).unwrap();
-    assert!(matches!(bench.refused(&bench.path("empty")), Error::NotAnImage { .. }));
-    assert!(matches!(bench.refused(&bench.path("nothing")), Error::Io { action: "open", .. }));
+    assert!(matches!(
+        bench.refused(&bench.path("empty")),
+        Error::NotAnImage { .. }
+    ));
+    assert!(matches!(
+        bench.refused(&bench.path("nothing")),
+        Error::Io { action: "open", .. }
+    ));
     for (file, bytes) in [
         ("empty-file", Vec::new()),
         ("text", b"hello".repeat(300)),
@@ -332,7 +476,12 @@ fn what_is_no_image_is_refused() {
     }
     let whole = docker_archive(&["a:1"], &[file_layer("x")]);
     fs::write(bench.path("cut.tar"), &whole[..whole.len() - 4096]).unwrap();
-    assert!(bench.refused(&bench.path("cut.tar")).to_string().contains("cut off"));
+    assert!(
+        bench
+            .refused(&bench.path("cut.tar"))
+            .to_string()
+            .contains("cut off")
+    );
 }
 
 #[test]
@@ -345,10 +494,23 @@ fn a_layout_cannot_point_out_of_itself_or_block() {
     let blob = layout.blob_path(&Digest::of(&gzip(&tar)));
     fs::rename(&blob, bench.path("outside")).unwrap();
     std::os::unix::fs::symlink(bench.path("outside"), &blob).unwrap();
-    assert!(matches!(bench.refused(&layout.path), Error::Io { action: "open", .. }));
+    assert!(matches!(
+        bench.refused(&layout.path),
+        Error::Io { action: "open", .. }
+    ));
     fs::remove_file(&blob).unwrap();
-    rustix::fs::mknodat(rustix::fs::CWD, &blob, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-    assert!(matches!(bench.refused(&layout.path), Error::InvalidImage { .. }));
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &blob,
+        rustix::fs::FileType::Fifo,
+        0o600.into(),
+        0,
+    )
+    .unwrap();
+    assert!(matches!(
+        bench.refused(&layout.path),
+        Error::InvalidImage { .. }
+    ));
     let error = bench.refused(&blob);
     assert!(matches!(error, Error::NotAnImage { .. }), "{error}");
 }
@@ -360,12 +522,31 @@ fn bombs_are_refused() {
     let image = layout.image(&[TarBuilder::of([Item::file("zeros", vec![0; 4 << 20])])]);
     layout.index(image, Some("a"));
     for limits in [
-        Limits { ratio: 10, ratio_from: 1 << 20, ..Limits::default() },
-        Limits { layer_bytes: 1 << 20, ..Limits::default() },
-        Limits { image_bytes: 1 << 20, ..Limits::default() },
-        Limits { layers: 0, ..Limits::default() },
-        Limits { manifest_bytes: 10, ..Limits::default() },
-        Limits { config_bytes: 10, ..Limits::default() },
+        Limits {
+            ratio: 10,
+            ratio_from: 1 << 20,
+            ..Limits::default()
+        },
+        Limits {
+            layer_bytes: 1 << 20,
+            ..Limits::default()
+        },
+        Limits {
+            image_bytes: 1 << 20,
+            ..Limits::default()
+        },
+        Limits {
+            layers: 0,
+            ..Limits::default()
+        },
+        Limits {
+            manifest_bytes: 10,
+            ..Limits::default()
+        },
+        Limits {
+            config_bytes: 10,
+            ..Limits::default()
+        },
     ] {
         bench.store = bench.store.clone().with_limits(limits.clone());
         let error = bench.refused(&layout.path);
@@ -374,8 +555,14 @@ fn bombs_are_refused() {
     let archive = gzip(&tar_of_directory(&layout.path));
     fs::write(bench.path("a.tar.gz"), archive).unwrap();
     for limits in [
-        Limits { archive_bytes: 4096, ..Limits::default() },
-        Limits { archive_members: 2, ..Limits::default() },
+        Limits {
+            archive_bytes: 4096,
+            ..Limits::default()
+        },
+        Limits {
+            archive_members: 2,
+            ..Limits::default()
+        },
     ] {
         bench.store = bench.store.clone().with_limits(limits);
         let error = bench.refused(&bench.path("a.tar.gz"));
@@ -389,13 +576,31 @@ fn bombs_are_refused() {
 fn images_are_found_by_name_and_id() {
     let bench = Bench::new();
     let id = bench.load_simple("busybox", "x");
-    for name in
-        ["busybox", "busybox:latest", "docker.io/library/busybox", &id.to_string(), &id.hex(), &id.hex()[..5], &id.short()]
-    {
+    for name in [
+        "busybox",
+        "busybox:latest",
+        "docker.io/library/busybox",
+        &id.to_string(),
+        &id.hex(),
+        &id.hex()[..5],
+        &id.short(),
+    ] {
         assert_eq!(bench.store.get(name).unwrap().id, id, "{name}");
     }
-    for name in ["alpine", "busybox:1", "", "../busybox", "sha256:", &"0".repeat(64), "BUSYBOX", &"f".repeat(65)] {
-        assert!(matches!(bench.store.get(name), Err(Error::NotFound { .. })), "{name}");
+    for name in [
+        "alpine",
+        "busybox:1",
+        "",
+        "../busybox",
+        "sha256:",
+        &"0".repeat(64),
+        "BUSYBOX",
+        &"f".repeat(65),
+    ] {
+        assert!(
+            matches!(bench.store.get(name), Err(Error::NotFound { .. })),
+            "{name}"
+        );
     }
     // 17 images have two ids that start alike.
     for i in 0..17 {
@@ -415,9 +620,15 @@ fn a_name_moves_to_what_is_loaded_last() {
     assert_eq!(bench.store.get("app:1").unwrap().id, second);
     assert!(bench.store.get(&first.hex()).unwrap().references.is_empty());
     let pruned = bench.store.prune().unwrap();
-    assert_eq!((pruned.deleted, pruned.deleted_layers.len()), (vec![first], 1));
+    assert_eq!(
+        (pruned.deleted, pruned.deleted_layers.len()),
+        (vec![first], 1)
+    );
     assert!(pruned.freed >= 4096);
-    assert!(matches!(bench.store.get(&first.hex()), Err(Error::NotFound { .. })));
+    assert!(matches!(
+        bench.store.get(&first.hex()),
+        Err(Error::NotFound { .. })
+    ));
 }
 
 #[test]
@@ -427,7 +638,9 @@ fn removing_takes_names_first_and_shared_layers_last() {
     let base = file_layer("base");
     let app = layout.image(&[base.clone(), file_layer("app")]);
     let plain = layout.image(std::slice::from_ref(&base));
-    layout.index(app, Some("app:1")).index(plain, Some("base:1"));
+    layout
+        .index(app, Some("app:1"))
+        .index(plain, Some("base:1"));
     bench.load(&layout.path).unwrap();
     bench.store.tag("app:1", &name("app:2")).unwrap();
     let app = bench.store.get("app:1").unwrap();
@@ -435,12 +648,21 @@ fn removing_takes_names_first_and_shared_layers_last() {
     let error = bench.store.remove(&app.id.short(), false).unwrap_err();
     assert!(matches!(error, Error::SeveralReferences { .. }), "{error}");
     let removed = bench.store.remove("app:1", false).unwrap();
-    assert_eq!(removed, Removed { untagged: vec![name("app:1")], ..Removed::default() });
+    assert_eq!(
+        removed,
+        Removed {
+            untagged: vec![name("app:1")],
+            ..Removed::default()
+        }
+    );
     let removed = bench.store.remove("app:2", false).unwrap();
     assert_eq!(removed.deleted, [app.id]);
     assert_eq!(removed.deleted_layers, [app.layers[1].diff_id]);
     assert!(app.layers[0].path.exists() && !app.layers[1].path.exists());
-    assert!(matches!(bench.store.remove("app:2", false), Err(Error::NotFound { .. })));
+    assert!(matches!(
+        bench.store.remove("app:2", false),
+        Err(Error::NotFound { .. })
+    ));
     bench.store.remove("base:1", false).unwrap();
     assert_eq!(bench.files(), ["references.json"]);
 }
@@ -452,23 +674,44 @@ fn an_image_in_use_stays() {
     let image = bench.store.lease("web-1", "app").unwrap();
     bench.store.lease("web-1", &id.hex()).unwrap();
     let error = bench.store.remove("app", false).unwrap_err();
-    assert_eq!(error.to_string(), format!("image {} is in use by container web-1", id.short()));
-    assert!(matches!(bench.store.remove(&id.hex(), true), Err(Error::InUse { .. })));
+    assert_eq!(
+        error.to_string(),
+        format!("image {} is in use by container web-1", id.short())
+    );
+    assert!(matches!(
+        bench.store.remove(&id.hex(), true),
+        Err(Error::InUse { .. })
+    ));
     // Force takes the name only.
     let removed = bench.store.remove("app", true).unwrap();
     assert_eq!((removed.untagged.len(), removed.deleted.len()), (1, 0));
     assert!(bench.store.prune().unwrap().deleted.is_empty());
     assert!(image.layers[0].path.exists());
-    assert_eq!(bench.store.leases().unwrap(), [Lease { container: "web-1".to_owned(), image: id }]);
+    assert_eq!(
+        bench.store.leases().unwrap(),
+        [Lease {
+            container: "web-1".to_owned(),
+            image: id
+        }]
+    );
 
     bench.load_simple("other", "y");
-    assert!(matches!(bench.store.lease("web-1", "other"), Err(Error::LeaseExists { .. })));
+    assert!(matches!(
+        bench.store.lease("web-1", "other"),
+        Err(Error::LeaseExists { .. })
+    ));
     bench.store.release("web-1").unwrap();
     bench.store.release("web-1").unwrap();
     assert_eq!(bench.store.prune().unwrap().deleted, [id]);
     assert!(!image.layers[0].path.exists());
     for bad in ["", "../x", "a/b", ".x", "-x", &"x".repeat(129)] {
-        assert!(matches!(bench.store.lease(bad, "other"), Err(Error::InvalidContainerId { .. })), "{bad:?}");
+        assert!(
+            matches!(
+                bench.store.lease(bad, "other"),
+                Err(Error::InvalidContainerId { .. })
+            ),
+            "{bad:?}"
+        );
     }
 }
 
@@ -497,7 +740,9 @@ fn what_a_dead_load_left_is_swept_and_a_live_one_is_not() {
 fn loads_and_removals_at_once_leave_whole_images() {
     let bench = Bench::new();
     let mut layout = bench.layout("l");
-    let layers: Vec<Vec<u8>> = (0..4).map(|i| file_layer(&format!("{i}").repeat(5000))).collect();
+    let layers: Vec<Vec<u8>> = (0..4)
+        .map(|i| file_layer(&format!("{i}").repeat(5000)))
+        .collect();
     let image = layout.image(&layers);
     layout.index(image, Some("app:1"));
     std::thread::scope(|scope| {
@@ -523,7 +768,10 @@ fn loads_and_removals_at_once_leave_whole_images() {
         read_image(&layer.path);
     }
     assert_eq!(fs::read_dir(bench.store.layers_dir()).unwrap().count(), 4);
-    assert_eq!(fs::read_dir(bench.store.temporary_dir()).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_dir(bench.store.temporary_dir()).unwrap().count(),
+        0
+    );
 }
 
 #[test]
@@ -533,7 +781,10 @@ fn damage_is_told_and_mended_by_loading_again() {
     let layer = bench.store.get("app").unwrap().layers[0].path.clone();
     fs::remove_file(&layer).unwrap();
     let error = bench.store.get("app").unwrap_err();
-    assert!(matches!(error, Error::Corrupt { .. }) && error.to_string().contains("missing"), "{error}");
+    assert!(
+        matches!(error, Error::Corrupt { .. }) && error.to_string().contains("missing"),
+        "{error}"
+    );
     bench.load_simple("app", "x");
     assert_eq!(bench.store.get("app").unwrap().id, id);
     fs::remove_file(&layer).unwrap();
@@ -550,7 +801,10 @@ fn damage_is_told_and_mended_by_loading_again() {
 fn a_store_of_another_version_is_left_alone() {
     let bench = Bench::new();
     fs::write(bench.store.root().join("version"), "2\n").unwrap();
-    assert!(matches!(Store::open(bench.store.root()), Err(Error::StoreVersion { .. })));
+    assert!(matches!(
+        Store::open(bench.store.root()),
+        Err(Error::StoreVersion { .. })
+    ));
 }
 
 #[test]
@@ -558,8 +812,14 @@ fn a_held_lock_is_busy_after_its_time() {
     let bench = Bench::new();
     bench.load_simple("app", "x");
     let _held = bench.store.lock().unwrap();
-    let impatient = bench.store.clone().with_lock_timeout(Duration::from_millis(50));
-    assert!(matches!(impatient.remove("app", false), Err(Error::Busy { .. })));
+    let impatient = bench
+        .store
+        .clone()
+        .with_lock_timeout(Duration::from_millis(50));
+    assert!(matches!(
+        impatient.remove("app", false),
+        Err(Error::Busy { .. })
+    ));
     // Readers do not wait.
     assert!(impatient.get("app").is_ok());
     assert!(Store::open(bench.store.root()).is_ok());

@@ -177,7 +177,7 @@ fn sparse_map(value: &[u8]) -> Result<Vec<Segment>, String> {
         .map(digits)
         .collect::<Option<_>>()
         .ok_or_else(malformed)?;
-    if numbers.len() % 2 != 0 {
+    if !numbers.len().is_multiple_of(2) {
         return Err(malformed());
     }
     Ok(numbers

@@ -47,7 +47,9 @@ pub(crate) fn read_image(path: &Path) -> BTreeMap<Vec<u8>, Node> {
     let image = EroFS::new(SliceImage::new(&bytes)).unwrap();
     assert_eq!(image.super_block().block_count() * 4096, bytes.len() as u64);
     let mut nodes = BTreeMap::new();
-    let root = image.get_inode(image.super_block().root_inode_id()).unwrap();
+    let root = image
+        .get_inode(image.super_block().root_inode_id())
+        .unwrap();
     nodes.insert(Vec::new(), node(&image, root));
     for entry in image.walk_dir("/").unwrap() {
         let entry = entry.unwrap();
@@ -55,7 +57,13 @@ pub(crate) fn read_image(path: &Path) -> BTreeMap<Vec<u8>, Node> {
         if name == b"." || name == b".." {
             continue;
         }
-        let path = entry.dir_entry.path().as_bytes().strip_prefix(b"/").unwrap().to_vec();
+        let path = entry
+            .dir_entry
+            .path()
+            .as_bytes()
+            .strip_prefix(b"/")
+            .unwrap()
+            .to_vec();
         // Found by search too, not only by listing.
         let found = image.xattrs(entry.dir_entry.path()).unwrap();
         let node = node(&image, entry.inode);
@@ -74,7 +82,11 @@ fn node(image: &EroFS<SliceImage<'_>>, inode: erofs_rs::types::Inode) -> Node {
         let size = inode.data_size();
         let mut content = Vec::new();
         if size <= 64 << 20 {
-            image.open_inode_file(inode).unwrap().read_to_end(&mut content).unwrap();
+            image
+                .open_inode_file(inode)
+                .unwrap()
+                .read_to_end(&mut content)
+                .unwrap();
             NodeKind::File(Some(content), size)
         } else {
             NodeKind::File(None, size)

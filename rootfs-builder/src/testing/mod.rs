@@ -17,7 +17,9 @@ pub(crate) fn fsck(image: &std::path::Path) {
         .arg(image)
         .stdin(Stdio::null())
         .output()
-        .unwrap_or_else(|error| panic!("these tests need fsck.erofs (Debian package erofs-utils): {error}"));
+        .unwrap_or_else(|error| {
+            panic!("these tests need fsck.erofs (Debian package erofs-utils): {error}")
+        });
     assert!(
         output.status.success(),
         "fsck.erofs rejects {}: {}{}",

@@ -26,7 +26,10 @@ impl Layout {
     pub(crate) fn new(path: &Path) -> Layout {
         fs::create_dir_all(path.join("blobs/sha256")).unwrap();
         fs::write(path.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-        Layout { path: path.to_owned(), manifests: Vec::new() }
+        Layout {
+            path: path.to_owned(),
+            manifests: Vec::new(),
+        }
     }
 
     /// Where a blob is.
@@ -57,14 +60,20 @@ impl Layout {
 
     /// Adds a manifest of a configuration and layers that may contradict each other.
     pub(crate) fn manifest(&self, config: Value, layers: Vec<Value>) -> Value {
-        let config = self.blob("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());
+        let config = self.blob(
+            "application/vnd.oci.image.config.v1+json",
+            config.to_string().as_bytes(),
+        );
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": config,
             "layers": layers,
         });
-        self.blob("application/vnd.oci.image.manifest.v1+json", manifest.to_string().as_bytes())
+        self.blob(
+            "application/vnd.oci.image.manifest.v1+json",
+            manifest.to_string().as_bytes(),
+        )
     }
 
     /// Puts a descriptor into the index, with a name.
@@ -99,7 +108,12 @@ pub(crate) fn tar_of_directory(root: &Path) -> Vec<u8> {
             if path.is_dir() {
                 pending.push(path);
             } else {
-                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+                let name = path
+                    .strip_prefix(root)
+                    .unwrap()
+                    .to_str()
+                    .unwrap()
+                    .to_owned();
                 items.push(Item::file(name, fs::read(&path).unwrap()));
             }
         }

@@ -39,7 +39,10 @@ impl Item {
     }
 
     pub(crate) fn file(path: impl AsRef<[u8]>, data: impl AsRef<[u8]>) -> Item {
-        Item { data: data.as_ref().to_vec(), ..Item::new(path, b'0') }
+        Item {
+            data: data.as_ref().to_vec(),
+            ..Item::new(path, b'0')
+        }
     }
 
     pub(crate) fn dir(path: impl AsRef<[u8]>) -> Item {
@@ -47,15 +50,22 @@ impl Item {
     }
 
     pub(crate) fn symlink(path: impl AsRef<[u8]>, target: impl AsRef<[u8]>) -> Item {
-        Item { link: target.as_ref().to_vec(), ..Item::new(path, b'2') }
+        Item {
+            link: target.as_ref().to_vec(),
+            ..Item::new(path, b'2')
+        }
     }
 
     pub(crate) fn hard_link(path: impl AsRef<[u8]>, target: impl AsRef<[u8]>) -> Item {
-        Item { link: target.as_ref().to_vec(), ..Item::new(path, b'1') }
+        Item {
+            link: target.as_ref().to_vec(),
+            ..Item::new(path, b'1')
+        }
     }
 
     pub(crate) fn pax(mut self, key: &str, value: impl AsRef<[u8]>) -> Item {
-        self.pax.push((key.as_bytes().to_vec(), value.as_ref().to_vec()));
+        self.pax
+            .push((key.as_bytes().to_vec(), value.as_ref().to_vec()));
         self
     }
 
@@ -134,12 +144,24 @@ impl TarBuilder {
             records.push((b"linkpath".to_vec(), item.link.clone()));
         }
         if !records.is_empty() {
-            let body: Vec<u8> = records.iter().flat_map(|(key, value)| record(key, value)).collect();
-            let header = Item { link: Vec::new(), gnu_sparse: None, ..item.clone() };
-            self.0.extend(header.header(b"PaxHeaders/x", b'x', body.len() as u64));
+            let body: Vec<u8> = records
+                .iter()
+                .flat_map(|(key, value)| record(key, value))
+                .collect();
+            let header = Item {
+                link: Vec::new(),
+                gnu_sparse: None,
+                ..item.clone()
+            };
+            self.0
+                .extend(header.header(b"PaxHeaders/x", b'x', body.len() as u64));
             self.data(&body);
         }
-        self.0.extend(item.header(&item.path, item.kind, item.size.unwrap_or(item.data.len() as u64)));
+        self.0.extend(item.header(
+            &item.path,
+            item.kind,
+            item.size.unwrap_or(item.data.len() as u64),
+        ));
         self.data(&item.data);
     }
 
