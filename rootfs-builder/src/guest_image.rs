@@ -205,7 +205,7 @@ fn write(agent: &mut File, image: &File, spool: File) -> Result<(), ErofsError> 
     let size = agent.metadata().map_err(ErofsError::Read)?.len();
     let content = writer.file(size, agent)?;
     add(&mut tree, AGENT, 0o755, Kind::File(content))?;
-    writer.finish(&tree, Uuid::FromContent)
+    writer.finish(&tree, Uuid::FromContent).map(drop)
 }
 
 /// Adds a node whose parents are in the tree.

@@ -79,6 +79,11 @@ impl<'a> ContentWriter<'a> {
         }
     }
 
+    /// The file that the image is written to.
+    pub fn image(&self) -> &'a File {
+        self.image
+    }
+
     /// Writes a whole file of `size` bytes.
     ///
     /// # Errors

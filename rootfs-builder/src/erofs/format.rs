@@ -147,6 +147,24 @@ impl SuperBlock {
         bytes[4..8].copy_from_slice(&checksum.to_le_bytes());
         bytes
     }
+
+    /// The superblock that [`SuperBlock::encode`] gave, `None` for anything else.
+    pub(super) fn decode(bytes: &[u8]) -> Option<SuperBlock> {
+        let u32_at = |offset: usize| {
+            Some(u32::from_le_bytes(
+                bytes.get(offset..offset + 4)?.try_into().ok()?,
+            ))
+        };
+        let superblock = SuperBlock {
+            root: u16::from_le_bytes(bytes.get(14..16)?.try_into().ok()?),
+            inodes: u64::from_le_bytes(bytes.get(16..24)?.try_into().ok()?),
+            blocks: u32_at(36)?,
+            metadata_block: u32_at(40)?,
+            uuid: bytes.get(48..64)?.try_into().ok()?,
+            has_chunks: u32_at(80)? == INCOMPAT_CHUNKED_FILE,
+        };
+        (superblock.encode() == bytes).then_some(superblock)
+    }
 }
 
 /// CRC-32C as the kernel's `crc32c(~0, …)`: without the final inversion of the usual definition.

@@ -20,12 +20,14 @@
 
 mod content;
 mod format;
+mod read;
 #[cfg(test)]
 mod tests;
 mod tree;
 mod write;
 
 pub use content::{Content, ContentWriter};
+pub use read::{Directory, DirectoryEntry, Image};
 pub use tree::{Attributes, Kind, NodeId, Tree, XattrError, Xattrs};
 pub use write::Uuid;
 

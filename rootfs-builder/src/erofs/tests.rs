@@ -160,6 +160,99 @@ fn files_of_all_lengths_and_holes_arrive() {
     }
 }
 
+#[test]
+fn our_own_reader_finds_what_was_written() {
+    let attributes = |mode: u32| {
+        let mut xattrs = Xattrs::default();
+        xattrs.insert(b"user.a", &[b'v'; 5000]).unwrap();
+        xattrs.insert(b"system.posix_acl_default", b"acl").unwrap();
+        let mtime = crate::tar::Timestamp {
+            seconds: -5,
+            nanoseconds: 999_999_999,
+        };
+        Attributes {
+            mode,
+            uid: 4_000_000_000,
+            gid: 3,
+            mtime,
+            xattrs,
+        }
+    };
+    let file = image(|_, tree| {
+        *tree.attributes_mut(Tree::ROOT) = attributes(0o1755);
+        for i in 0..2000 {
+            let kind = if i % 2 == 0 {
+                Kind::Directory(Default::default())
+            } else {
+                Kind::Fifo
+            };
+            let id = tree.add(attributes(i % 0o1000), kind).unwrap();
+            tree.link(
+                Tree::ROOT,
+                format!("{}{i}", ["!", ".", "..", "z"][i as usize % 4]).as_bytes(),
+                id,
+            );
+        }
+    });
+    let image = Image::open(file.as_file()).unwrap();
+    assert_eq!(image.length(), file.as_file().metadata().unwrap().len());
+    let root = image.root().unwrap();
+    assert_eq!(root.attributes, attributes(0o1755));
+    let mut found = std::collections::BTreeMap::new();
+    image
+        .entries(&root, &mut |name, entry| {
+            assert!(found.insert(name.to_vec(), entry).is_none())
+        })
+        .unwrap();
+    assert_eq!(found.len(), 2000);
+    for i in 0..2000 {
+        match found[format!("{}{i}", ["!", ".", "..", "z"][i as usize % 4]).as_bytes()] {
+            DirectoryEntry::Directory(number) => {
+                assert_eq!(
+                    image.directory(number).unwrap().attributes,
+                    attributes(i % 0o1000)
+                );
+            }
+            DirectoryEntry::Other => assert_eq!(i % 2, 1),
+        }
+    }
+}
+
+#[test]
+fn our_own_reader_survives_damage() {
+    let file = image(|_, tree| {
+        for i in 0..300 {
+            add(
+                tree,
+                &format!("directory-{i}"),
+                Kind::Directory(Default::default()),
+            );
+        }
+    });
+    let whole = std::fs::read(file.path()).unwrap();
+    for (i, position) in (4096..whole.len()).step_by(7).enumerate() {
+        let mut bytes = whole.clone();
+        bytes[position] ^= [0xff, 0x01, 0x80][i % 3];
+        let mut damaged = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut damaged, &bytes).unwrap();
+        let image = Image::open(&damaged).unwrap();
+        let Ok(root) = image.root() else { continue };
+        let mut numbers = Vec::new();
+        let _ = image.entries(&root, &mut |_, entry| {
+            if let DirectoryEntry::Directory(number) = entry {
+                numbers.push(number);
+            }
+        });
+        for number in numbers {
+            let _ = image.directory(number);
+        }
+    }
+    let mut superblock = whole.clone();
+    superblock[1024 + 40] ^= 1;
+    std::fs::write(file.path(), superblock).unwrap();
+    assert!(Image::open(&std::fs::File::open(file.path()).unwrap()).is_err());
+}
+
 /// Mounted as long as it lives.
 struct Mount(tempfile::TempDir);
 

@@ -178,13 +178,7 @@ impl Xattrs {
     /// # Errors
     /// [`XattrError`]; nothing is added then.
     pub fn insert(&mut self, name: &[u8], value: &[u8]) -> Result<(), XattrError> {
-        let whole = |prefix: &[u8]| !prefix.ends_with(b".");
-        let (index, rest) = PREFIXES
-            .iter()
-            .find_map(|(index, prefix)| Some((*index, name.strip_prefix(*prefix)?, whole(prefix))))
-            .filter(|(_, rest, whole)| rest.is_empty() == *whole && !rest.contains(&0))
-            .map(|(index, rest, _)| (index, rest))
-            .ok_or(XattrError::UnknownNamespace)?;
+        let (index, rest) = split_name(name).ok_or(XattrError::UnknownNamespace)?;
         if name.len() > 255 || value.len() > usize::from(u16::MAX) {
             return Err(XattrError::TooLong);
         }
@@ -194,6 +188,35 @@ impl Xattrs {
         }
         self.0.insert((index, rest.into()), value.into());
         Ok(())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Takes an attribute away by its full name, and gives its value.
+    pub fn remove(&mut self, name: &[u8]) -> Option<Box<[u8]>> {
+        let (index, rest) = split_name(name)?;
+        self.0.remove(&(index, rest.into()))
+    }
+
+    /// What [`Xattrs::encode`] has encoded; `None` when it is malformed.
+    pub(super) fn decode(bytes: &[u8]) -> Option<Xattrs> {
+        let mut xattrs = Xattrs::default();
+        let mut position = HEADER as usize;
+        while position < bytes.len() {
+            let [name_length, index, low, high] = *bytes.get(position..)?.first_chunk()?;
+            let name = position + 4;
+            let value = name + usize::from(name_length);
+            let end = value + usize::from(u16::from_le_bytes([low, high]));
+            xattrs.0.insert(
+                (index, bytes.get(name..value)?.into()),
+                bytes.get(value..end)?.into(),
+            );
+            position = end.next_multiple_of(4);
+        }
+        Some(xattrs)
     }
 
     /// Length of what [`Xattrs::encode`] gives, in bytes: 0 without attributes.
@@ -225,6 +248,14 @@ impl Xattrs {
         }
         out
     }
+}
+
+/// The number of a name's prefix, and the rest of the name; `None` when the format has no number for it.
+fn split_name(name: &[u8]) -> Option<(u8, &[u8])> {
+    let (index, rest, is_prefix) = PREFIXES.iter().find_map(|(index, prefix)| {
+        Some((*index, name.strip_prefix(*prefix)?, prefix.ends_with(b".")))
+    })?;
+    (rest.is_empty() != is_prefix && !rest.contains(&0)).then_some((index, rest))
 }
 
 fn entry_bytes(name: &[u8], value: &[u8]) -> u64 {

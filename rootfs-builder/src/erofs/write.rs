@@ -40,13 +40,13 @@ struct Placed {
 }
 
 impl ContentWriter<'_> {
-    /// Writes names, attributes and the superblock: the image is complete.
+    /// Writes names, attributes and the superblock: the image is complete. Gives its length in bytes.
     ///
     /// The file is not synced.
     ///
     /// # Errors
     /// [`ErofsError::Write`], [`ErofsError::TooLarge`], [`ErofsError::Read`] when the spool fails.
-    pub fn finish(mut self, tree: &Tree, uuid: Uuid) -> Result<(), ErofsError> {
+    pub fn finish(mut self, tree: &Tree, uuid: Uuid) -> Result<u64, ErofsError> {
         let (mut order, positions) = walk(tree)?;
         for placed in &mut order {
             place_data(tree, placed, &mut self.next_block)?;
@@ -96,7 +96,8 @@ impl ContentWriter<'_> {
                 version_8(hash(self.image)?)
             }
         };
-        self.write_superblock(&superblock)
+        self.write_superblock(&superblock)?;
+        Ok(blocks * BLOCK)
     }
 
     fn write_superblock(&self, superblock: &SuperBlock) -> Result<(), ErofsError> {

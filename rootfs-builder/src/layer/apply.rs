@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Read};
 
-use super::{EntryError, LayerError};
+use super::{EntryError, LayerError, implied};
 use crate::erofs::{Attributes, ContentWriter, Kind, NodeId, Tree, Uuid, XattrError, Xattrs};
 use crate::limits::Limits;
 use crate::tar::{self, Entry, EntryKind, Input, Segment, Timestamp};
@@ -12,7 +12,8 @@ const WHITEOUT_PREFIX: &[u8] = b".wh.";
 /// Names that AUFS keeps for itself.
 const AUFS_PREFIX: &[u8] = b".wh..wh.";
 const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
-const OPAQUE_XATTR: &[u8] = b"trusted.overlay.opaque";
+/// The attribute by which overlayfs knows that a directory hides all below it.
+pub(crate) const OPAQUE_XATTR: &[u8] = b"trusted.overlay.opaque";
 /// Attributes by which overlayfs keeps its own state.
 const OVERLAY_XATTRS: &[u8] = b"trusted.overlay.";
 /// Links followed for one path, as in Linux (`MAXSYMLINKS`).
@@ -34,6 +35,8 @@ pub(super) struct Applier<'a> {
     /// Whiteouts: an entry that comes to the same name takes their place.
     whiteouts: BTreeSet<NodeId>,
     opaque: BTreeSet<NodeId>,
+    /// Directories that the archive has no entry for.
+    implied: BTreeSet<NodeId>,
     dropped_xattrs: bool,
 }
 
@@ -53,6 +56,7 @@ impl<'a> Applier<'a> {
             metadata_bytes: 0,
             whiteouts: BTreeSet::new(),
             opaque: BTreeSet::new(),
+            implied: BTreeSet::from([Tree::ROOT]),
             dropped_xattrs: false,
         }
     }
@@ -123,7 +127,10 @@ impl<'a> Applier<'a> {
                     },
                 })?;
         }
-        Ok(self.writer.finish(&self.tree, uuid)?)
+        let image = self.writer.image();
+        let length = self.writer.finish(&self.tree, uuid)?;
+        let implied = implied::paths(&self.tree, &self.implied);
+        implied::write(image, length, &implied).map_err(LayerError::Write)
     }
 
     fn apply_root(&mut self, entry: &Entry) -> Result<(), LayerError> {
@@ -134,6 +141,7 @@ impl<'a> Applier<'a> {
             });
         }
         *self.tree.attributes_mut(Tree::ROOT) = self.attributes(entry)?;
+        self.implied.remove(&Tree::ROOT);
         Ok(())
     }
 
@@ -157,6 +165,7 @@ impl<'a> Applier<'a> {
             EntryKind::Directory => {
                 if let Some(directory) = existing.filter(|&id| self.is_directory(id)) {
                     *self.tree.attributes_mut(directory) = attributes;
+                    self.implied.remove(&directory);
                     return Ok(());
                 }
                 Kind::Directory(Default::default())
@@ -274,6 +283,7 @@ impl<'a> Applier<'a> {
 
     fn make_parent(&mut self, parent: NodeId, name: &[u8]) -> Result<NodeId, LayerError> {
         let directory = self.add(implied_directory(), Kind::Directory(Default::default()))?;
+        self.implied.insert(directory);
         self.link(Place { parent, name }, directory)?;
         Ok(directory)
     }
@@ -507,8 +517,8 @@ fn components(path: &[u8]) -> Result<Vec<&[u8]>, EntryError> {
     Ok(components)
 }
 
-/// A directory that the archive has no entry for.
-fn implied_directory() -> Attributes {
+/// The attributes of a directory that the archive has no entry for.
+pub(crate) fn implied_directory() -> Attributes {
     Attributes {
         mode: 0o755,
         mtime: Timestamp::default(),

@@ -5,8 +5,9 @@
 //! - Paths are relative to the layer's root, with or without a leading `/` or `./`; `..` is refused.
 //! - A path whose parent is a symbolic link *of the same layer* goes where that link leads, within the layer's own tree:
 //!   an absolute target starts at its root, `..` stops there. Links of lower layers are unknown here and not followed.
-//! - Parents that the archive does not have are made, owned by root, mode 0755, with the time 0. (In an overlay they
-//!   hide the attributes that a lower layer gave to such a directory; builders always write the parents they mean.)
+//! - Parents that the archive does not have are made, owned by root, mode 0755, with the time 0. In an overlay they would
+//!   hide the attributes that a lower layer gave to such a directory, so they are listed behind the file system
+//!   ([`implied_directories`]), for the store to put that right.
 //! - Of several entries of one path the last wins; a directory over a directory only changes its attributes.
 //! - `.wh.NAME` becomes the whiteout of overlayfs, a character device 0:0, and `.wh..wh..opq` the attribute
 //!   `trusted.overlay.opaque` (kernel, `Documentation/filesystems/overlayfs.rst`). A whiteout hides what is in lower
@@ -18,6 +19,7 @@
 
 mod apply;
 pub mod decompress;
+mod implied;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +31,8 @@ use crate::erofs::{ContentWriter, ErofsError, Uuid};
 use crate::limits::Limits;
 use crate::tar::{self, Streamed, TarError};
 use apply::Applier;
+pub(crate) use apply::{OPAQUE_XATTR, implied_directory};
+pub use implied::implied_directories;
 
 /// Why a layer cannot be converted.
 #[derive(Debug, thiserror::Error)]

@@ -67,6 +67,7 @@ impl Store {
             let size = self.stage_layer(members, work, blob, &diff_id, &mut budget)?;
             layers.push(RecordedLayer { diff_id, size });
         }
+        layers.extend(self.stage_attributes(work, &layers)?);
         Ok(Prepared {
             id: Digest::of(&config_json),
             config_json,

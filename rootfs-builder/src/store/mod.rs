@@ -4,7 +4,7 @@
 //! | path under the root | what it is |
 //! |---|---|
 //! | `version` | the format of this table |
-//! | `layers/<diff id>.erofs` | one layer, read-only, named by the SHA-256 of its uncompressed tar |
+//! | `layers/<diff id>.erofs` | one layer, read-only, named by its [`LayerRef::diff_id`] |
 //! | `images/<id>/` | one image: `config.json` as it came, `record.json` (what we know of it) |
 //! | `references.json` | names to image ids |
 //! | `leases/<container>` | the id of the image that the container uses |
@@ -23,6 +23,7 @@
 //! A load that dies leaves only its directory in `tmp/`, or layers that no image has; the next
 //! [`Store::open`] finds the directory without an owner and removes both.
 
+mod attributes;
 mod disk;
 mod images;
 mod leases;
@@ -69,7 +70,8 @@ pub struct Image {
     /// The configuration exactly as it came; [`Image::id`] is its digest. It may have fields that
     /// `config` does not know (docker's `Healthcheck`, `Shell`, `OnBuild`).
     pub config_json: Vec<u8>,
-    /// The layers, bottom to top.
+    /// The layers, bottom to top. They can be one more than the configuration's diff ids: a small one on top that
+    /// gives directories the attributes that a layer without an entry for them would hide.
     pub layers: Vec<LayerRef>,
     /// Bytes that the layers take on disk.
     pub size: u64,
@@ -80,7 +82,7 @@ pub struct Image {
 /// One layer of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerRef {
-    /// SHA-256 of the uncompressed layer tar.
+    /// SHA-256 of the uncompressed layer tar; for a layer that the store has made, of its EROFS image.
     pub diff_id: Digest,
     /// The EROFS image, absolute when the store's root is. Never written to once it exists; may be sparse.
     pub path: PathBuf,

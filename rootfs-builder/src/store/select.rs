@@ -83,7 +83,7 @@ fn oci_candidates(members: &Members, index: &[u8], limits: &Limits) -> Result<Ve
             continue;
         };
         // Two names of one image are two descriptors.
-        let references = names(members, descriptor.root)?;
+        let references = names(members, descriptor.root);
         let digest = descriptor.digest;
         match found
             .iter_mut()
@@ -294,25 +294,34 @@ fn layer_blob(descriptor: &Descriptor) -> Result<Blob> {
 }
 
 /// The names that a descriptor of `index.json` gives its image.
-fn names(members: &Members, descriptor: &Descriptor) -> Result<Vec<Reference>> {
+fn names(members: &Members, descriptor: &Descriptor) -> Vec<Reference> {
     let empty = HashMap::new();
     let annotations = descriptor.annotations().as_ref().unwrap_or(&empty);
     if let Some(name) = annotations.get(ANNOTATION_IMAGE_NAME) {
-        return Ok(vec![tagged(name)?]);
+        return usable_name(name);
     }
     let Some(name) = annotations.get(ANNOTATION_REF_NAME) else {
-        return Ok(Vec::new());
+        return Vec::new();
     };
     if name.contains(['/', ':']) {
-        return Ok(vec![tagged(name)?]);
+        return usable_name(name);
     }
-    // Only a tag: the repository is what the layout itself is called. If that cannot be one, there is no name.
-    let name = is_tag(name).then(|| {
-        members
-            .base_name()
-            .and_then(|base| tagged(&format!("{base}:{name}")).ok())
-    });
-    Ok(name.flatten().into_iter().collect())
+    // Only a tag: the repository is what the layout itself is called.
+    match members.base_name() {
+        Some(base) if is_tag(name) => usable_name(&format!("{base}:{name}")),
+        _ => Vec::new(),
+    }
+}
+
+/// A name from an annotation. They may hold anything: what is no name for us leaves the image without one.
+fn usable_name(name: &str) -> Vec<Reference> {
+    match tagged(name) {
+        Ok(reference) => vec![reference],
+        Err(error) => {
+            log::warn!("the image gets no name: {error}");
+            Vec::new()
+        }
+    }
 }
 
 /// A name that can be stored: one with a tag and no digest.
