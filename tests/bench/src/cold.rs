@@ -2,7 +2,7 @@
 //!
 //! Every monitor boots the same kernel, guest image and command line on one vCPU
 //! with the same memory and the same kinds of devices, and is asked in the same
-//! way: [`hello`] over vsock, tried again every [`POLL`] until it is answered.
+//! way: [`hello`] over vsock, tried again every [`poll_interval`] until it is answered.
 
 use std::{
     fs::File,
@@ -28,10 +28,14 @@ use crate::{
     child::{Running, tail},
     error::BenchError,
     hello::hello,
+    options::timeout_scale,
 };
 
-/// Time between attempts to reach the agent: an answer is seen at most this much too late.
-pub const POLL: Duration = Duration::from_millis(5);
+/// Time between attempts to reach the agent: an answer is seen at most this much too late. Longer on a
+/// slow machine, where asking takes processor time from the guest.
+pub fn poll_interval() -> Duration {
+    Duration::from_secs_f64(0.002 * timeout_scale())
+}
 
 /// What every monitor boots.
 #[derive(Debug, Clone)]
@@ -44,6 +48,15 @@ pub struct Guest {
     pub cmdline: String,
     /// Guest memory, MiB.
     pub memory_mib: u32,
+}
+
+/// What a peer's virtual machine has besides its root disk and vsock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Devices {
+    /// The same as Caisson's.
+    All,
+    /// Nothing.
+    Fewest,
 }
 
 /// A monitor that has been started and whose guest is booting or up.
@@ -75,6 +88,7 @@ impl Machine {
     /// [`BenchError::Deadline`], or [`BenchError::Program`] when the monitor has ended.
     pub fn wait_for_agent(&mut self, name: &str, limit: Duration) -> Result<(), BenchError> {
         let started = Instant::now();
+        let interval = poll_interval();
         loop {
             if self.ask(limit).is_ok() {
                 return Ok(());
@@ -94,7 +108,7 @@ impl Machine {
                     output: output(),
                 });
             }
-            std::thread::sleep(POLL);
+            std::thread::sleep(interval);
         }
     }
 
@@ -236,9 +250,17 @@ pub fn start_caisson(vmm: &Path, guest: &Guest) -> Result<Machine, BenchError> {
 /// Starts QEMU's microvm machine with what it offers for speed: no firmware tables, no legacy
 /// devices, no option ROMs. vsock is the host kernel's (`vhost_vsock`).
 ///
+/// `devices` says whether it has what only comfort asks for, as Caisson always has: a console (which
+/// costs QEMU time at the first output), an entropy source and a balloon.
+///
 /// # Errors
 /// When it cannot be started.
-pub fn start_qemu(qemu: &Path, guest: &Guest, cid: u32) -> Result<Machine, BenchError> {
+pub fn start_qemu(
+    qemu: &Path,
+    guest: &Guest,
+    cid: u32,
+    devices: Devices,
+) -> Result<Machine, BenchError> {
     let (scratch, stderr) = scratch(guest)?;
     let console = scratch.path().join("console");
     let mut command = Command::new(qemu);
@@ -270,19 +292,18 @@ pub fn start_qemu(qemu: &Path, guest: &Guest, cid: u32) -> Result<Machine, Bench
         .args(["-device", "virtio-blk-device,drive=root"])
         .arg("-device")
         .arg(format!("vhost-vsock-device,guest-cid={cid}"))
-        .arg("-chardev")
-        .arg(format!("file,id=hvc,path={}", console.display()))
-        .args([
-            "-device",
-            "virtio-serial-device",
-            "-device",
-            "virtconsole,chardev=hvc",
-        ])
-        .args(["-device", "virtio-rng-device"])
-        .args(["-device", "virtio-balloon-device,free-page-reporting=on"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(stderr);
+    if devices == Devices::All {
+        command
+            .arg("-chardev")
+            .arg(format!("file,id=hvc,path={}", console.display()))
+            .args(["-device", "virtio-serial-device"])
+            .args(["-device", "virtconsole,chardev=hvc"])
+            .args(["-device", "virtio-rng-device"])
+            .args(["-device", "virtio-balloon-device,free-page-reporting=on"]);
+    }
     let process = Running::spawn("qemu", &mut command)?;
     Ok(Machine {
         process,
@@ -330,7 +351,9 @@ mod tests {
             cmdline: String::new(),
             memory_mib: 128,
         };
-        let error = start_qemu(Path::new("/bin/true"), &guest, 9).err().unwrap();
+        let error = start_qemu(Path::new("/bin/true"), &guest, 9, Devices::All)
+            .err()
+            .unwrap();
         assert!(error.to_string().contains("/nonexistent/vmlinux"));
     }
 }

@@ -71,7 +71,7 @@ pub fn markdown(environment: &[String], measures: &[Measure]) -> String {
 }
 
 const WIDTH: f64 = 760.0;
-const LABEL: f64 = 170.0;
+const LABEL: f64 = 210.0;
 const ROW: f64 = 34.0;
 const HEAD: f64 = 54.0;
 const COLOURS: [&str; 4] = ["#0a6ebd", "#c2571a", "#5b8c2a", "#7a4fa3"];
