@@ -154,6 +154,7 @@ fn open_agent(path: &Path) -> Result<File, GuestImageError> {
 fn check_elf(start: &[u8]) -> Result<(), &'static str> {
     const EM_X86_64: u64 = 62;
     const PT_INTERP: u64 = 3;
+    const PROGRAM_HEADER: usize = 56;
     let field = |offset: usize, length: usize| {
         let bytes = start.get(offset..offset.checked_add(length)?)?;
         Some(
@@ -175,7 +176,9 @@ fn check_elf(start: &[u8]) -> Result<(), &'static str> {
         let position = offset
             .checked_add(i * size)
             .and_then(|position| usize::try_from(position).ok());
-        match position.and_then(|position| field(position, 4)) {
+        // The whole header must be there, of which the first field is its type.
+        let header = position.filter(|&position| field(position, PROGRAM_HEADER).is_some());
+        match header.and_then(|position| field(position, 4)) {
             Some(PT_INTERP) => return Err("it is linked dynamically"),
             Some(_) => {}
             None => return Err("its ELF program headers are cut off"),
@@ -228,5 +231,107 @@ fn with_mode(mode: u32) -> Attributes {
     Attributes {
         mode,
         ..Attributes::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{NodeKind, fsck, read_image};
+
+    /// An ELF-64 file for x86-64 with program headers of these types.
+    fn elf(headers: &[u32]) -> Vec<u8> {
+        let mut file = vec![0; 64 + headers.len() * 56];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        file[18] = 62;
+        file[32] = 64;
+        file[54] = 56;
+        file[56] = headers.len() as u8;
+        for (i, kind) in headers.iter().enumerate() {
+            file[64 + i * 56..][..4].copy_from_slice(&kind.to_le_bytes());
+        }
+        file.resize(9000, 0xcc);
+        file
+    }
+
+    fn build_in(dir: &Path, agent: &[u8]) -> Result<PathBuf, GuestImageError> {
+        fs::write(dir.join("agent"), agent).unwrap();
+        build(&dir.join("agent"), &dir.join("image")).map(|()| dir.join("image"))
+    }
+
+    #[test]
+    fn the_image_has_the_agent_and_its_skeleton() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = elf(&[1, 1]);
+        let image = build_in(dir.path(), &agent).unwrap();
+        fsck(&image);
+        let nodes = read_image(&image);
+        let program = &nodes[&b"sbin/caisson-agent"[..]];
+        assert!(program.content() == agent && program.mode == 0o755);
+        assert_eq!(
+            nodes[&b"sbin/init"[..]].kind,
+            NodeKind::Symlink(b"caisson-agent".to_vec())
+        );
+        for directory in ["proc", "sys", "dev", "run", "tmp", "mnt", "etc"] {
+            assert_eq!(
+                nodes[directory.as_bytes()].kind,
+                NodeKind::Directory,
+                "{directory}"
+            );
+        }
+        assert!(
+            nodes
+                .values()
+                .all(|node| (node.uid, node.gid, node.mtime) == (0, 0, (0, 0)))
+        );
+        assert!(
+            nodes[&b"etc/passwd"[..]]
+                .content()
+                .starts_with(b"root:x:0:0:")
+        );
+    }
+
+    #[test]
+    fn the_same_agent_gives_the_same_bytes() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let first = fs::read(build_in(one.path(), &elf(&[1])).unwrap()).unwrap();
+        assert!(first == fs::read(build_in(two.path(), &elf(&[1])).unwrap()).unwrap());
+        // Over an older image too.
+        let changed = fs::read(build_in(two.path(), &elf(&[1, 1])).unwrap()).unwrap();
+        assert!(first != changed);
+        assert!(first == fs::read(build_in(two.path(), &elf(&[1])).unwrap()).unwrap());
+    }
+
+    #[test]
+    fn what_a_guest_cannot_start_is_refused_without_a_trace() {
+        let mut cut = elf(&[1]);
+        cut.truncate(80);
+        let mut endless = elf(&[1]);
+        endless[56..58].fill(0xff);
+        let mut far = elf(&[1]);
+        far[32..40].fill(0xff);
+        for agent in [
+            elf(&[1, 3]),
+            b"#!/bin/sh\n".to_vec(),
+            Vec::new(),
+            b"\x7fELF\x02\x01".to_vec(),
+            cut,
+            endless,
+            far,
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let error = build_in(dir.path(), &agent).unwrap_err();
+            assert!(matches!(error, GuestImageError::Agent { .. }), "{error}");
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let missing = build(&dir.path().join("none"), &dir.path().join("image"));
+        assert!(matches!(missing, Err(GuestImageError::Io { .. })));
+        fs::write(dir.path().join("agent"), elf(&[1])).unwrap();
+        let nowhere = build(
+            &dir.path().join("agent"),
+            &dir.path().join("no/such/directory/image"),
+        );
+        assert!(matches!(nowhere, Err(GuestImageError::Io { .. })));
     }
 }
