@@ -79,7 +79,7 @@ fn owners_modes_and_links_are_the_layers() {
         Layer::new()
             .file("setuid", 0o4755, "x")
             .owner(1000, 2000)
-            .file("owned", 0o640, "same")
+            .file("owned", 0o644, "same")
             .hard_link("twin", "owned")
             .symlink("soft", "owned")
             .symlink("dangling", "/no/where"),
@@ -89,7 +89,7 @@ fn owners_modes_and_links_are_the_layers() {
         "run", "--rm", image, "sh", "-c",
         "stat -c '%a %u %g' /setuid /owned; stat -c %h /twin; cat /soft; echo; readlink /dangling; [ /owned -ef /twin ] && echo same",
     ])
-    .expect_stdout("4755 0 0\n640 1000 2000\n2\nsame\n/no/where\nsame\n");
+    .expect_stdout("4755 0 0\n644 1000 2000\n2\nsame\n/no/where\nsame\n");
     host.caisson(["rmi", image]).ok();
 }
 
