@@ -219,10 +219,18 @@ fn a_full_disk_in_the_guest_is_an_error_there() {
 fn a_full_root_does_not_end_the_container() {
     let host = Host::claim();
     // Whatever holds the root's writable layer, it has an end; the container outlives it.
+    let script = "n=0; while [ $n -lt 4096 ] && fallocate -l 268435456 /big$n; do n=$((n+1)); done
+        dd if=/dev/zero of=/rest bs=1M count=256; rm -f /big* /rest; echo x >/small && echo alive";
     let finished = host
         .command([
-            "run", "--rm", "-m", "128m", host.busybox(), "sh", "-c",
-            "dd if=/dev/zero of=/big bs=1M count=100000 2>/dev/null; rm -f /big; echo x >/small && echo alive",
+            "run",
+            "--rm",
+            "-m",
+            "128m",
+            host.busybox(),
+            "sh",
+            "-c",
+            script,
         ])
         .within(60.0)
         .run();

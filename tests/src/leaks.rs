@@ -56,6 +56,11 @@ impl Traces {
     }
 }
 
+/// Other services come and go on a host; in the testbed nothing but the tests happens.
+fn everything_is_ours() -> bool {
+    std::env::var_os("CAISSON_TESTBED").is_some()
+}
+
 fn processes(found: &mut BTreeSet<String>) {
     for pid in numbers(Path::new("/proc")) {
         let base = format!("/proc/{pid}");
@@ -87,7 +92,8 @@ fn memory_files(pid: u32, found: &mut BTreeSet<String>) {
     for entry in entries.flatten() {
         if let Ok(target) = fs::read_link(entry.path())
             && let Some(name) = target.to_str()
-            && name.starts_with("/memfd:caisson")
+            && name.starts_with("/memfd:")
+            && (everything_is_ours() || name.contains("caisson"))
         {
             found.insert(format!("memory file {name} in process {pid}"));
         }
@@ -113,10 +119,7 @@ fn cgroups(found: &mut BTreeSet<String>) {
         for entry in entries.flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 let path = entry.path();
-                // Other services come and go on a host; in the testbed everything is ours.
-                if std::env::var_os("CAISSON_TESTBED").is_some()
-                    || path.to_string_lossy().contains("caisson")
-                {
+                if everything_is_ours() || path.to_string_lossy().contains("caisson") {
                     found.insert(format!("cgroup {}", path.display()));
                 }
                 walk(&path, found);
