@@ -94,6 +94,23 @@ fn owners_modes_and_links_are_the_layers() {
 }
 
 #[test]
+fn names_below_a_link_stay_inside_the_image() {
+    let host = Host::claim();
+    let image = tiny("caisson.test/below:1").layer(
+        Layer::new().dir("etc", 0o755).symlink("link", "/etc").file(
+            "link/caisson-below",
+            0o644,
+            "inside\n",
+        ),
+    );
+    let image = host.load(&image);
+    host.caisson(["run", "--rm", image, "cat", "/etc/caisson-below"])
+        .expect_stdout("inside\n");
+    assert!(!std::path::Path::new("/etc/caisson-below").exists());
+    host.caisson(["rmi", image]).ok();
+}
+
+#[test]
 fn images_are_listed_and_removed() {
     let host = Host::claim();
     host.load(&tiny("caisson.test/listed:1"));

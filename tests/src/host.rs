@@ -156,18 +156,19 @@ impl Host {
         self.caisson(["inspect", name]).ok().json()[0].take()
     }
 
-    /// Waits until a container's state (`inspect`: `.State.Status`) is `status`.
+    /// Waits until a container is there and its state (`inspect`: `.State.Status`) is `status`.
     ///
     /// # Panics
     /// If it is not in time.
     #[track_caller]
     pub fn wait_for_status(&self, name: &str, status: &str) {
-        let mut last = Value::Null;
+        let mut last = String::new();
         let seen = until(seconds(20.0), || {
-            last = self.inspect(name)["State"].take();
-            (last["Status"] == status).then_some(())
+            let answer = self.caisson(["inspect", name]);
+            last = answer.to_string();
+            (answer.code() == 0 && answer.json()[0]["State"]["Status"] == status).then_some(())
         });
-        assert!(seen.is_some(), "{name} is not {status} but {last}");
+        assert!(seen.is_some(), "{name} is not {status}\n{last}");
     }
 
     /// A copy of the installation in the scratch directory, whose files a test may damage.
