@@ -25,6 +25,8 @@ pub struct Host {
     prefix: PathBuf,
     scratch: tempfile::TempDir,
     before: Option<Traces>,
+    /// Processes of others, which no test may touch.
+    foreign: Vec<i32>,
     _machine: File,
     _process: MutexGuard<'static, ()>,
 }
@@ -59,6 +61,7 @@ impl Host {
                 .tempdir()
                 .expect("a scratch directory"),
             before: Some(Traces::now()),
+            foreign: processes(|_| true),
             _machine: machine,
             _process: turn,
         }
@@ -186,18 +189,10 @@ impl Host {
         copy
     }
 
-    /// The process ids of a program of Caisson, by its file name.
+    /// The process ids of a program of Caisson that the test started, by its file name.
     pub fn processes_of(&self, program: &str) -> Vec<i32> {
-        let mut pids = Vec::new();
-        for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-            let name = entry.file_name();
-            if let Some(pid) = name.to_str().and_then(|n| n.parse::<i32>().ok())
-                && let Ok(exe) = fs::read_link(entry.path().join("exe"))
-                && exe.file_name() == Some(OsStr::new(program))
-            {
-                pids.push(pid);
-            }
-        }
+        let mut pids = processes(|exe| exe.file_name() == Some(OsStr::new(program)));
+        pids.retain(|pid| !self.foreign.contains(pid));
         pids
     }
 
@@ -211,13 +206,31 @@ impl Host {
         left
     }
 
-    /// Removes all containers, so that one test's failure is not every later test's.
-    fn clean(&self) {
-        let listed = self.command(["ps", "-a", "-q"]).within(10.0).run().stdout();
-        for id in listed.split_whitespace() {
+    /// Removes the test's containers, so that one test's failure is not every later test's.
+    fn clean(&self, left: &[String]) {
+        let containers = left.iter().filter_map(|line| {
+            let path = line.strip_prefix("directory /var/lib/caisson/containers/")?;
+            (!path.contains('/')).then_some(path)
+        });
+        for id in containers {
             self.command(["rm", "-f", id]).within(20.0).run();
         }
     }
+}
+
+/// The processes whose program's path satisfies `wanted`.
+fn processes(wanted: impl Fn(&Path) -> bool) -> Vec<i32> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let name = entry.file_name();
+        if let Some(pid) = name.to_str().and_then(|n| n.parse::<i32>().ok())
+            && let Ok(exe) = fs::read_link(entry.path().join("exe"))
+            && wanted(&exe)
+        {
+            pids.push(pid);
+        }
+    }
+    pids
 }
 
 impl Drop for Host {
@@ -231,7 +244,7 @@ impl Drop for Host {
         }
         let report = format!("left behind by this test:\n  {}", left.join("\n  "));
         // A command that hangs panics, and a second panic would end all tests.
-        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.clean()));
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.clean(&left)));
         if std::thread::panicking() {
             eprintln!("{report}");
         } else {
