@@ -2,10 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
-use caisson_tests::{Command, Finished, Host, Image, Layer};
-use rustix::process::Signal;
+use caisson_tests::{Command, Finished, Host, Image, Layer, seconds, until};
+use rustix::process::{Pid, Signal, kill_process};
 
 const STORE: &str = "/var/lib/caisson/images";
 
@@ -42,6 +45,19 @@ fn refused(host: &Host, layout: &Path) -> Finished {
 
 fn bad(layer: Layer) -> Image {
     Image::new("caisson.test/bad:1").layer(layer)
+}
+
+/// Bytes that do not compress.
+fn noise(length: u32) -> Vec<u8> {
+    (0..length)
+        .scan(1u32, |state, _| {
+            // Marsaglia's xorshift.
+            *state ^= *state << 13;
+            *state ^= *state >> 17;
+            *state ^= *state << 5;
+            Some(*state as u8)
+        })
+        .collect()
 }
 
 #[test]
@@ -123,19 +139,11 @@ fn a_truncated_archive_is_refused() {
 fn a_full_disk_is_told_and_nothing_is_left() {
     let host = Host::claim();
     let layout = host.scratch().join("layout");
-    // Does not compress: 24 MiB on a disk of 8.
-    let noise: Vec<u8> = (0..24u32 << 20)
-        .scan(1u32, |state, _| {
-            *state ^= *state << 13;
-            *state ^= *state >> 17;
-            *state ^= *state << 5;
-            Some(*state as u8)
-        })
-        .collect();
-    bad(Layer::new().file("noise", 0o644, noise)).write_layout(&layout);
+    // 8 MiB on a disk of 4.
+    bad(Layer::new().file("noise", 0o644, noise(8 << 20))).write_layout(&layout);
     // A small disk in the place of the state directory, seen by this command alone.
     let script = format!(
-        "mkdir -p /var/lib/caisson && mount -t tmpfs -o size=8m tmpfs /var/lib/caisson &&
+        "mkdir -p /var/lib/caisson && mount -t tmpfs -o size=4m tmpfs /var/lib/caisson &&
          '{caisson}' load -i '{layout}'; echo code $?; find /var/lib/caisson -type f -size +8; '{caisson}' images",
         caisson = host.program().display(),
         layout = layout.display(),
@@ -163,23 +171,35 @@ fn an_interrupted_load_leaves_nothing_and_can_be_repeated() {
     let host = Host::claim();
     host.busybox();
     let before = store();
-    let layout = host.scratch().join("layout");
-    let image = Image::new("caisson.test/interrupted:1").layer(Layer::new().file(
-        "large",
-        0o644,
-        vec![7; 64 << 20],
-    ));
-    image.write_layout(&layout);
-    let load = [OsStr::new("load"), OsStr::new("-i"), layout.as_os_str()];
+    let file = host.scratch().join("archive");
+    Image::new("caisson.test/interrupted:1")
+        .layer(Layer::new().file("noise", 0o644, noise(8 << 20)))
+        .write_docker_archive(&file);
+    let archive = fs::read(&file).unwrap();
     for signal in [Signal::KILL, Signal::TERM, Signal::INT] {
-        let running = host.command(load).start();
-        std::thread::sleep(std::time::Duration::from_millis(300));
-        running.signal(signal);
-        running.finish().expect_code(128 + signal.as_raw());
+        let mut load = std::process::Command::new(host.program())
+            .arg("load")
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // Half of it, and then nothing: it is in the middle, however fast it is.
+        let mut pipe = load.stdin.take().unwrap();
+        pipe.write_all(&archive[..archive.len() / 2]).unwrap();
+        until(seconds(2.0), || (store() != before).then_some(()));
+        kill_process(Pid::from_child(&load), signal).unwrap();
+        let ended = until(seconds(10.0), || load.try_wait().unwrap());
+        let number = signal.as_raw();
+        assert!(
+            ended.is_some_and(
+                |status| status.signal() == Some(number) || status.code() == Some(128 + number)
+            ),
+            "{signal:?}: {ended:?}"
+        );
         // The next command cleans up after one that was killed.
         host.caisson(["images"]).ok();
         assert_eq!(store(), before, "after {signal:?}");
     }
+    let load = [OsStr::new("load"), OsStr::new("-i"), file.as_os_str()];
     host.caisson(load).ok();
     host.caisson(["rmi", "caisson.test/interrupted:1"]).ok();
     assert_eq!(store(), before);
