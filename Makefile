@@ -1,0 +1,76 @@
+# Caisson: build, show, test, measure. Every target does its own set-up.
+#
+#   make demo     build everything and run a container in a microVM
+#   make test     formatting, lints, unit tests, end-to-end tests
+#   make build    out/: a prefix tree to run from, or to copy to /usr/local (make install)
+#   make bench    measurements beside peers, into out/bench/
+#
+# Where this host's KVM cannot run a stock guest, demo, test and bench use the testbed
+# (tests/testbed), an emulated machine whose KVM can.
+
+CARGO ?= cargo
+PREFIX ?= /usr/local
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+AGENT_TARGET := x86_64-unknown-linux-gnu
+HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builder
+
+# What the build and the tests call. The kernel's and the testbed's scripts install their own.
+PACKAGES := gcc libc6-dev make pkg-config libcap-ng-dev libseccomp-dev \
+	busybox-static e2fsprogs erofs-utils util-linux
+
+.PHONY: build demo test lint unit e2e bench setup programs guest install clean
+
+build: programs guest
+
+demo: build
+	tests/demo
+
+test: lint unit build e2e
+
+lint: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+unit: setup
+	$(CARGO) test --workspace --exclude caisson-tests --locked
+	$(CARGO) test -p caisson-tests --lib --bins --locked
+
+e2e: build
+	tests/run --jobs 2
+
+bench: build
+	tests/bench/run
+
+setup:
+	@missing=$$(dpkg-query -W -f '$${Package} $${db:Status-Abbrev}\n' $(PACKAGES) 2>/dev/null \
+		| awk -v want="$(PACKAGES)" '$$2 == "ii" { have[$$1] } \
+			END { n = split(want, w); for (i = 1; i <= n; i++) if (!(w[i] in have)) print w[i] }'); \
+	if [ -n "$$missing" ]; then \
+		[ "$$(id -u)" = 0 ] || { echo "missing packages; as root: apt-get install" $$missing >&2; exit 1; }; \
+		echo "installing:" $$missing; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+	@command -v $(CARGO) >/dev/null || { echo "$(CARGO) not found: install Rust (https://rustup.rs), version $$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml) or newer" >&2; exit 1; }
+
+# The agent is PID 1 of a guest without libraries: static. With a --target of its own the flag
+# does not reach build scripts and procedural macros.
+programs: setup
+	$(CARGO) build --release --locked $(addprefix -p ,$(HOST_CRATES))
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release --locked \
+		--target $(AGENT_TARGET) -p caisson-agent
+	install -D -t out/bin $(TARGET_DIR)/release/caisson $(TARGET_DIR)/release/containerd-shim-caisson-v2
+	install -D -t out/libexec/caisson $(TARGET_DIR)/release/caisson-vmm $(TARGET_DIR)/release/caisson-fs
+
+guest: programs
+	guest-kernel/build.sh --out out/share/caisson/vmlinux
+	$(TARGET_DIR)/release/caisson-guest-image \
+		--agent $(TARGET_DIR)/$(AGENT_TARGET)/release/caisson-agent --out out/share/caisson/guest.erofs
+
+install:
+	@[ -e out/share/caisson/guest.erofs ] || { echo "nothing to install yet: run 'make build' first" >&2; exit 1; }
+	install -d $(DESTDIR)$(PREFIX)
+	cp -a out/bin out/libexec out/share $(DESTDIR)$(PREFIX)/
+
+clean:
+	$(CARGO) clean
+	rm -rf out
