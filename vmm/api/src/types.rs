@@ -78,6 +78,8 @@ pub enum Request {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootConfig {
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: Fd,
     /// Uncompressed ELF `vmlinux`, open for reading.
     pub kernel: Fd,
     /// Kernel command line without what the VMM adds by itself (`virtio_mmio.device=` of every slot).
@@ -94,6 +96,8 @@ pub struct BootConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig {
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: Fd,
     /// State written by [`Request::Save`].
     pub state: Fd,
     /// Memory written by [`Request::Save`]; mapped `MAP_PRIVATE`, never written.

@@ -1,0 +1,1 @@
+//! virtio-console and the tail of the guest's output.

@@ -1,0 +1,1 @@
+//! A microVM put together.

@@ -1,0 +1,1 @@
+//! System call filters, one per kind of thread.

@@ -1,0 +1,1 @@
+//! Saved state of a microVM.
