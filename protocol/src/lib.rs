@@ -26,7 +26,9 @@ pub const SHARE_TAG: &str = "caisson";
     missing_docs,
     clippy::all,
     clippy::undocumented_unsafe_blocks,
-    clippy::unwrap_used
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
 )]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/generated.rs"));

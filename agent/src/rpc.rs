@@ -1,0 +1,310 @@
+//! The ttrpc service of the agent: each method hands over to the module that does it.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use caisson_protocol::{
+    VERSION,
+    agent::{
+        BindDeviceRequest, BindDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse,
+        CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty, HelloRequest,
+        HelloResponse, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
+        OnlineResourcesRequest, OnlineResourcesResponse, ProcessExit, ProcessId, ResizePtyRequest,
+        ShutdownRequest, SignalRequest, StartProcessResponse, StateResponse, StatsRequest,
+        StatsResponse, UnbindDeviceRequest, UpdateContainerRequest,
+    },
+    agent_ttrpc::{Agent, create_agent},
+    ports,
+};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL, VsockAddr, VsockListener};
+use ttrpc::r#async::{TtrpcContext, transport::Listener};
+
+use crate::{
+    boot::Stages,
+    container::{Created, Manager},
+    device,
+    failure::{During, Failure, Result},
+    reaper, resources, sandbox,
+};
+
+/// Longest that a poll for events may wait.
+const MAX_POLL: Duration = Duration::from_secs(300);
+
+/// Whether a peer is the host. The local CID only exists where there is no VMM: under test.
+pub fn is_host(cid: u32) -> bool {
+    cid == VMADDR_CID_HOST || (cfg!(debug_assertions) && cid == VMADDR_CID_LOCAL)
+}
+
+struct Service {
+    manager: Arc<Manager>,
+    stages: Stages,
+}
+
+/// Serves the host until the machine is reset.
+///
+/// # Errors
+/// A port cannot be listened on.
+pub async fn serve(mut stages: Stages) -> Result<()> {
+    let manager = Arc::new(Manager::new());
+    let streams = manager.streams.clone();
+    let address = VsockAddr::new(VMADDR_CID_ANY, ports::AGENT);
+    let listener =
+        VsockListener::bind(address).during(|| format!("listen on vsock port {}", ports::AGENT))?;
+    stages.reached("listening");
+    let reaper = tokio::spawn(reaper::run(manager.clone()));
+    let stdio = tokio::spawn(streams.serve());
+    let service = create_agent(Arc::new(Service { manager, stages }));
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(host_only(listener))
+        .register_service(service);
+    server
+        .start()
+        .await
+        .map_err(|error| Failure::internal(format!("cannot serve: {error}")))?;
+    let ended = tokio::select! {
+        result = reaper => result,
+        result = stdio => result,
+    };
+    match ended {
+        Ok(result) => result,
+        Err(error) => Err(Failure::internal(format!(
+            "a task of the agent failed: {error}"
+        ))),
+    }
+}
+
+/// Connections of the listener, without those that workloads inside the guest open.
+fn host_only(listener: VsockListener) -> Listener {
+    Listener::new(futures_util::stream::unfold(listener, |listener| async {
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) if is_host(peer.cid()) => return Some((Ok(stream), listener)),
+                Ok((_, peer)) => log::warn!("refused a connection from CID {}", peer.cid()),
+                Err(error) => {
+                    log::warn!("cannot accept a connection: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }))
+}
+
+type Reply<T> = ttrpc::Result<T>;
+
+fn process(created: &Created) -> CreateProcessResponse {
+    CreateProcessResponse {
+        pid: created.pid,
+        stdio_token: created.token.to_vec(),
+        ..Default::default()
+    }
+}
+
+#[async_trait]
+impl Agent for Service {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> Reply<HelloResponse> {
+        if request.protocol_version != VERSION {
+            return Err(Failure::invalid(format!(
+                "the host speaks version {} of the agent protocol, this guest image version {VERSION}: \
+                 rebuild the guest image",
+                request.protocol_version
+            ))
+            .into());
+        }
+        Ok(HelloResponse {
+            protocol_version: VERSION,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: rustix::system::uname()
+                .release()
+                .to_string_lossy()
+                .into_owned(),
+            stages: self.stages.to_proto(),
+            memory_total_bytes: sandbox::memory_total(),
+            cpus_online: sandbox::count_cpus(),
+            ..Default::default()
+        })
+    }
+
+    async fn configure_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureSandboxRequest,
+    ) -> Reply<ConfigureSandboxResponse> {
+        sandbox::configure(&self.manager, &request)?;
+        Ok(ConfigureSandboxResponse::default())
+    }
+
+    async fn bind_device(
+        &self,
+        _: &TtrpcContext,
+        request: BindDeviceRequest,
+    ) -> Reply<BindDeviceResponse> {
+        let device = device::bind(request.slot, request.expect.as_ref()).await?;
+        Ok(BindDeviceResponse {
+            device,
+            ..Default::default()
+        })
+    }
+
+    async fn unbind_device(&self, _: &TtrpcContext, request: UnbindDeviceRequest) -> Reply<Empty> {
+        device::unbind(request.slot)?;
+        Ok(Empty::default())
+    }
+
+    async fn online_resources(
+        &self,
+        _: &TtrpcContext,
+        request: OnlineResourcesRequest,
+    ) -> Reply<OnlineResourcesResponse> {
+        Ok(OnlineResourcesResponse {
+            cpus_online: sandbox::online_cpus(request.cpus)?,
+            memory_total_bytes: sandbox::memory_total(),
+            ..Default::default()
+        })
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> Reply<CreateProcessResponse> {
+        Ok(process(&self.manager.create(request).await?))
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessId,
+    ) -> Reply<StartProcessResponse> {
+        let pid = self.manager.start(&request.container_id, "").await?;
+        Ok(StartProcessResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn delete_container(&self, _: &TtrpcContext, request: ProcessId) -> Reply<ProcessExit> {
+        Ok(self.manager.delete(&request.container_id).await?)
+    }
+
+    async fn create_exec(
+        &self,
+        _: &TtrpcContext,
+        request: CreateExecRequest,
+    ) -> Reply<CreateProcessResponse> {
+        Ok(process(&self.manager.create_exec(request)?))
+    }
+
+    async fn start_exec(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessId,
+    ) -> Reply<StartProcessResponse> {
+        let pid = self
+            .manager
+            .start(&request.container_id, &request.exec_id)
+            .await?;
+        Ok(StartProcessResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn delete_exec(&self, _: &TtrpcContext, request: ProcessId) -> Reply<ProcessExit> {
+        Ok(self
+            .manager
+            .delete_exec(&request.container_id, &request.exec_id)?)
+    }
+
+    async fn signal_process(&self, _: &TtrpcContext, request: SignalRequest) -> Reply<Empty> {
+        self.manager.signal(&request)?;
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Reply<Empty> {
+        self.manager.resize(&request)?;
+        Ok(Empty::default())
+    }
+
+    async fn close_stdin(&self, _: &TtrpcContext, request: ProcessId) -> Reply<Empty> {
+        self.manager
+            .close_stdin(&request.container_id, &request.exec_id)?;
+        Ok(Empty::default())
+    }
+
+    async fn list_processes(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessId,
+    ) -> Reply<ListProcessesResponse> {
+        Ok(ListProcessesResponse {
+            processes: self.manager.processes(&request.container_id)?,
+            ..Default::default()
+        })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: ProcessId) -> Reply<StateResponse> {
+        Ok(self
+            .manager
+            .state(&request.container_id, &request.exec_id)?)
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: ProcessId) -> Reply<Empty> {
+        self.manager.pause(&request.container_id, true).await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: ProcessId) -> Reply<Empty> {
+        self.manager.pause(&request.container_id, false).await?;
+        Ok(Empty::default())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> Reply<Empty> {
+        self.manager
+            .update(&request.container_id, &request.resources_json)?;
+        Ok(Empty::default())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Reply<StatsResponse> {
+        if request.container_id.is_empty() {
+            return Ok(resources::stats(std::path::Path::new("/sys/fs/cgroup")));
+        }
+        Ok(self.manager.stats(&request.container_id)?)
+    }
+
+    async fn next_events(
+        &self,
+        _: &TtrpcContext,
+        request: NextEventsRequest,
+    ) -> Reply<NextEventsResponse> {
+        let wait = Duration::from_millis(request.wait_ms.into()).min(MAX_POLL);
+        let events = self
+            .manager
+            .events
+            .after(request.after_sequence, wait)
+            .await;
+        Ok(NextEventsResponse {
+            events,
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Reply<Empty> {
+        sandbox::shutdown(
+            &self.manager,
+            Duration::from_millis(request.grace_ms.into()),
+        )
+        .await?;
+        // The answer goes first.
+        tokio::spawn(async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if let Err(failure) = sandbox::power_off() {
+                log::error!("{failure}");
+            }
+        });
+        Ok(Empty::default())
+    }
+}

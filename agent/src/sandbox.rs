@@ -1,0 +1,288 @@
+//! What belongs to the pod as a whole: clock, entropy, names, network, sysctls.
+
+use std::{fs, os::fd::AsRawFd, path::Path, time::Duration};
+
+use caisson_protocol::agent::ConfigureSandboxRequest;
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::{
+    boot,
+    container::{Manager, is_sysctl_name},
+    failure::{During, Failure, Kind, Result},
+};
+
+/// Fewest bytes of entropy that a pod may start with.
+const MIN_ENTROPY: usize = 32;
+
+/// Applies the request.
+///
+/// # Errors
+/// The first part that fails.
+pub fn configure(manager: &Manager, request: &ConfigureSandboxRequest) -> Result<()> {
+    set_clock(request.realtime_ns)?;
+    add_entropy(&request.entropy_seed)?;
+    let hostname = if request.hostname.is_empty() {
+        "caisson"
+    } else {
+        &request.hostname
+    };
+    rustix::system::sethostname(hostname.as_bytes())
+        .during(|| format!("set the hostname \"{hostname}\""))?;
+    write_pod_files(hostname, request)?;
+    for (name, value) in &request.sysctls {
+        set_sysctl(name, value)?;
+    }
+    if request.shm_size_bytes != 0 {
+        resize_shm(request.shm_size_bytes)?;
+    }
+    manager.share_pid_namespace(request.shared_pid_namespace);
+    network(request)
+}
+
+fn set_clock(realtime_ns: i64) -> Result<()> {
+    if realtime_ns <= 0 {
+        return Err(Failure::invalid("the host sent no time of day"));
+    }
+    let time = Timespec {
+        tv_sec: realtime_ns / 1_000_000_000,
+        tv_nsec: realtime_ns % 1_000_000_000,
+    };
+    clock_settime(ClockId::Realtime, time).during(|| "set the clock".to_owned())
+}
+
+/// RNDADDENTROPY of random(4): credited, so that getrandom(2) never waits.
+fn add_entropy(seed: &[u8]) -> Result<()> {
+    if seed.len() < MIN_ENTROPY || seed.len() > 4096 {
+        return Err(Failure::invalid(format!(
+            "an entropy seed of {} bytes; {MIN_ENTROPY} to 4096 are needed",
+            seed.len()
+        )));
+    }
+    let device = fs::File::options()
+        .write(true)
+        .open("/dev/random")
+        .during(|| "open /dev/random".to_owned())?;
+    let length = i32::try_from(seed.len()).unwrap_or(0);
+    // struct rand_pool_info: entropy in bits, size in bytes, the bytes.
+    let mut information = Vec::with_capacity(8 + seed.len());
+    information.extend_from_slice(&(length * 8).to_ne_bytes());
+    information.extend_from_slice(&length.to_ne_bytes());
+    information.extend_from_slice(seed);
+    const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+    // SAFETY: the kernel reads the two integers and as many bytes as the second says, all of
+    // which `information` holds; alignment does not matter to copy_from_user.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, information.as_ptr()) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).during(|| "add entropy".to_owned())
+    }
+}
+
+fn write_pod_files(hostname: &str, request: &ConfigureSandboxRequest) -> Result<()> {
+    let mut hosts =
+        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    let own = request
+        .interfaces
+        .iter()
+        .flat_map(|interface| &interface.addresses)
+        .filter_map(|address| address.split('/').next());
+    let mut addresses: Vec<&str> = own.collect();
+    if addresses.is_empty() {
+        addresses.push("127.0.1.1");
+    }
+    for address in addresses {
+        hosts.push_str(&format!("{address}\t{hostname}\n"));
+    }
+    for line in &request.extra_hosts {
+        hosts.push_str(line);
+        hosts.push('\n');
+    }
+    let mut resolver = String::new();
+    for server in &request.dns_servers {
+        resolver.push_str(&format!("nameserver {server}\n"));
+    }
+    if !request.dns_searches.is_empty() {
+        resolver.push_str(&format!("search {}\n", request.dns_searches.join(" ")));
+    }
+    if !request.dns_options.is_empty() {
+        resolver.push_str(&format!("options {}\n", request.dns_options.join(" ")));
+    }
+    let directory = Path::new(boot::POD_FILES_DIR);
+    for (path, text) in [
+        (directory.join("hosts"), hosts.as_str()),
+        (directory.join("hostname"), &format!("{hostname}\n")),
+        (directory.join("resolv.conf"), resolver.as_str()),
+        (Path::new("/run/resolv.conf").to_owned(), resolver.as_str()),
+    ] {
+        fs::write(&path, text).during(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Sets a sysctl of the calling process's namespaces.
+///
+/// # Errors
+/// A malformed name, one that the kernel does not have, a refused value.
+pub fn set_sysctl(name: &str, value: &str) -> Result<()> {
+    if !is_sysctl_name(name) {
+        return Err(Failure::invalid(format!(
+            "\"{name}\" is no name of a sysctl"
+        )));
+    }
+    // sysctl(8): with dots as separators a slash stands for a dot, and the other way round.
+    let path = if name
+        .find(['.', '/'])
+        .is_some_and(|at| name.as_bytes()[at] == b'/')
+    {
+        name.to_owned()
+    } else {
+        name.chars()
+            .map(|c| match c {
+                '.' => '/',
+                '/' => '.',
+                other => other,
+            })
+            .collect()
+    };
+    if path.split('/').any(|part| part == "..") {
+        return Err(Failure::invalid(format!(
+            "\"{name}\" is no name of a sysctl"
+        )));
+    }
+    fs::write(Path::new("/proc/sys").join(&path), value)
+        .during(|| format!("set the sysctl {name} to \"{value}\""))
+}
+
+fn resize_shm(bytes: u64) -> Result<()> {
+    let flags = rustix::mount::MountFlags::NOSUID
+        | rustix::mount::MountFlags::NODEV
+        | rustix::mount::MountFlags::NOEXEC;
+    rustix::mount::mount_remount(boot::SHM_DIR, flags, format!("mode=1777,size={bytes}"))
+        .during(|| format!("give {} {bytes} bytes", boot::SHM_DIR))
+}
+
+/// The loopback interface is all there is until the host attaches another.
+fn network(request: &ConfigureSandboxRequest) -> Result<()> {
+    if !(request.interfaces.is_empty()
+        && request.routes.is_empty()
+        && request.neighbours.is_empty())
+    {
+        return Err(Failure::new(
+            Kind::Unimplemented,
+            "network interfaces cannot be configured in this version of the agent",
+        ));
+    }
+    bring_loopback_up()
+}
+
+fn bring_loopback_up() -> Result<()> {
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        None,
+    )
+    .during(|| "make a socket".to_owned())?;
+    // SAFETY: an all-zero ifreq is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes_with_nul()) {
+        *to = (*from).cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the kernel reads one ifreq, which lives through the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).during(|| "bring the loopback interface up".to_owned())
+    }
+}
+
+/// Brings described processors online until there are `wanted`.
+///
+/// # Errors
+/// There are not so many.
+pub fn online_cpus(wanted: u32) -> Result<u32> {
+    let mut online = count_cpus();
+    let mut number = 1;
+    while online < wanted {
+        let file = format!("/sys/devices/system/cpu/cpu{number}/online");
+        match fs::read_to_string(&file) {
+            Ok(state) if state.trim() == "0" => {
+                fs::write(&file, "1").during(|| format!("bring processor {number} online"))?;
+                online += 1;
+            }
+            Ok(_) => {}
+            Err(_) => {
+                return Err(Failure::invalid(format!(
+                    "{wanted} processors are wanted, the guest has {number}"
+                )));
+            }
+        }
+        number += 1;
+    }
+    Ok(count_cpus())
+}
+
+/// Processors that run.
+pub fn count_cpus() -> u32 {
+    fs::read_to_string("/proc/stat").map_or(1, |text| {
+        let lines = text
+            .lines()
+            .filter(|line| line.starts_with("cpu") && !line.starts_with("cpu "));
+        u32::try_from(lines.count()).unwrap_or(1)
+    })
+}
+
+/// MemTotal in bytes.
+pub fn memory_total() -> u64 {
+    fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("MemTotal:"))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        })
+        .map_or(0, |kib| kib * 1024)
+}
+
+/// Ends every container and the guest.
+///
+/// # Errors
+/// The kernel refuses to reset.
+pub async fn shutdown(manager: &Manager, grace: Duration) -> Result<()> {
+    let signal_all = |number: i32| {
+        for id in manager.ids() {
+            let request = caisson_protocol::agent::SignalRequest {
+                container_id: id,
+                signal: number.unsigned_abs(),
+                all: number == libc::SIGKILL,
+                ..Default::default()
+            };
+            // One that has ended needs none.
+            let _ = manager.signal(&request);
+        }
+    };
+    if !grace.is_zero() {
+        signal_all(libc::SIGTERM);
+        let deadline = tokio::time::Instant::now() + grace;
+        while tokio::time::Instant::now() < deadline
+            && !manager.ids().iter().all(|id| manager.has_ended(id))
+        {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    signal_all(libc::SIGKILL);
+    rustix::fs::sync();
+    Ok(())
+}
+
+/// Resets the machine, which ends it (`reboot=k`: the VMM sees the keyboard controller's reset).
+///
+/// # Errors
+/// Those of reboot(2); on success it does not return.
+pub fn power_off() -> Result<()> {
+    rustix::system::reboot(rustix::system::RebootCommand::Restart)
+        .during(|| "reset the machine".to_owned())
+}
