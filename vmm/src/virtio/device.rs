@@ -1,6 +1,9 @@
 //! What a device is to its transport.
 
-use std::sync::{Arc, atomic::AtomicU64};
+use std::{
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::AtomicU64},
+};
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
@@ -125,6 +128,48 @@ impl Active {
             .and_then(Option::as_mut)
             .ok_or(DeviceError::QueueMissing(index))
     }
+
+    /// Waits until the driver has kicked one of `queues` (true; the kicks are taken) or the
+    /// device has to stop (false). For devices that wait for nothing else.
+    ///
+    /// # Errors
+    /// [`DeviceError::QueueMissing`], [`DeviceError::Io`].
+    pub fn wait(&mut self, queues: &[usize]) -> Result<bool, DeviceError> {
+        let mut fds = Vec::with_capacity(queues.len() + 1);
+        fds.push(libc::pollfd {
+            fd: self.stop.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        });
+        for &index in queues {
+            fds.push(libc::pollfd {
+                fd: self.queue(index)?.kick().as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            });
+        }
+        loop {
+            // SAFETY: `fds` is an array of as many entries as said.
+            let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+            if ready >= 0 {
+                break;
+            }
+            let error = std::io::Error::last_os_error();
+            if error.kind() != std::io::ErrorKind::Interrupted {
+                return Err(DeviceError::io("poll")(error));
+            }
+        }
+        if fds[0].revents != 0 {
+            return Ok(false);
+        }
+        for (&index, fd) in queues.iter().zip(&fds[1..]) {
+            if fd.revents != 0 {
+                // Someone else cannot have read it, but an error would be harmless.
+                let _ = self.queue(index)?.kick().read();
+            }
+        }
+        Ok(true)
+    }
 }
 
 /// A device's saved state.
@@ -134,6 +179,22 @@ pub struct DeviceState {
     pub version: u16,
     /// As the device wrote it.
     pub data: serde_json::Value,
+}
+
+impl DeviceState {
+    /// Fails unless the state is of version `known`.
+    ///
+    /// # Errors
+    /// [`DeviceError::State`].
+    pub fn expect_version(&self, known: u16) -> Result<(), DeviceError> {
+        if self.version == known {
+            return Ok(());
+        }
+        Err(DeviceError::State(format!(
+            "version {} is not the {known} this VMM knows",
+            self.version
+        )))
+    }
 }
 
 /// Why a device stopped.

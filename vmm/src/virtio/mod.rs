@@ -4,11 +4,18 @@
 mod chain;
 mod device;
 mod interrupt;
+mod mmio;
 mod queue;
 #[cfg(test)]
 pub mod testing;
+mod worker;
 
 pub use chain::{Chain, ChainError, Head, Reader, Segment, Writer};
 pub use device::{Active, ConfigSpace, Device, DeviceError, DeviceState, EmptyConfig};
 pub use interrupt::Interrupt;
+pub use mmio::{
+    F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QUEUE_NOTIFY, SLOT_BYTES, Transport, TransportState,
+    read_empty,
+};
 pub use queue::{ActiveQueue, QueueError, QueueSetup, RingAddresses};
+pub use worker::OnFailure;
