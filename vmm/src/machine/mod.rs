@@ -1,1 +1,317 @@
-//! A microVM put together.
+//! A microVM put together: KVM's VM, memory, vCPUs, and devices in slots.
+
+mod bus;
+mod devices;
+mod error;
+mod fds;
+mod kvm;
+mod notice;
+mod stages;
+
+use std::{
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use caisson_vmm_api::{
+    BootConfig, Description, DeviceConfig, MemoryConfig, RunState, SlotDescription, VcpuConfig,
+};
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+pub use bus::{Bus, PortWrite, SLOT_COUNT};
+pub use error::MachineError;
+pub use fds::Fds;
+pub use notice::{Notice, Notices};
+pub use stages::Stages;
+
+use crate::{
+    arch,
+    console::Tail,
+    memory::{GuestMemory, MemoryLayout},
+    vcpu::{RunningVcpu, Vcpu},
+    virtio::{Device, DeviceError, QUEUE_NOTIFY, Transport},
+};
+
+/// Most vCPUs of a guest (`CONFIG_NR_CPUS` of the guest kernel).
+const MAX_VCPUS: u8 = 64;
+
+/// The processors: running in their threads, or here.
+enum Processors {
+    Running(Vec<RunningVcpu>),
+    Paused(Vec<Vcpu>),
+}
+
+/// One microVM.
+pub struct Machine {
+    vm: VmFd,
+    layout: MemoryLayout,
+    memory: GuestMemory,
+    vcpu_config: VcpuConfig,
+    memory_config: MemoryConfig,
+    bus: Arc<Bus>,
+    notices: Arc<Notices>,
+    tail: Tail,
+    processors: Processors,
+    exits: Vec<Arc<AtomicU64>>,
+}
+
+impl Machine {
+    /// Builds a microVM and starts it from its kernel. Returns it with the slots of its devices.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn boot(
+        config: BootConfig,
+        mut fds: Fds,
+        notices: Arc<Notices>,
+        stages: &mut Stages,
+    ) -> Result<(Self, Vec<u32>), MachineError> {
+        check_vcpus(&config.vcpus)?;
+        let kvm = kvm::open(fds.take(config.kvm, "kvm")?)?;
+        let mut kernel = File::from(fds.take(config.kernel, "kernel")?);
+        let layout = MemoryLayout::new(&config.memory)?;
+        let memory = kvm::map_memory(&layout, config.memory.shared)?;
+        stages.reached("memory mapped");
+        let cmdline = complete_cmdline(&config);
+        let entry = arch::load_kernel(&memory, &layout, &mut kernel, &cmdline)?;
+        arch::write_mp_table(&memory, config.vcpus.max)?;
+        stages.reached("kernel loaded");
+
+        let vm = kvm::create_vm(&kvm, &memory)?;
+        let vcpus = kvm::create_vcpus(&kvm, &vm, config.vcpus.max)?;
+        if let Some(first) = vcpus.first() {
+            arch::set_boot_registers(&first.fd, &memory, entry)?;
+        }
+        for vcpu in &vcpus {
+            arch::set_boot_msrs(&vcpu.fd);
+            arch::set_lapic_lines(&vcpu.fd)?;
+        }
+        stages.reached("vCPUs created");
+        let tail = Tail::default();
+        let mut machine = Self {
+            bus: Arc::new(Bus::new(tail.clone())),
+            exits: vcpus.iter().map(|vcpu| vcpu.exits.clone()).collect(),
+            vm,
+            layout,
+            memory,
+            vcpu_config: config.vcpus,
+            memory_config: config.memory,
+            notices,
+            tail,
+            processors: Processors::Paused(vcpus),
+        };
+        let slots = machine.fill_slots(&config.devices, &mut fds)?;
+        stages.reached("devices built");
+        machine.resume()?;
+        stages.reached("vCPUs running");
+        Ok((machine, slots))
+    }
+
+    /// Fills a free slot with a new device.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn attach(&mut self, config: &DeviceConfig, mut fds: Fds) -> Result<u32, MachineError> {
+        let device = self.build_device(config, &mut fds)?;
+        self.fill(device)
+    }
+
+    /// Empties a slot whose driver is unbound.
+    ///
+    /// # Errors
+    /// [`MachineError::Invalid`] when there is no such device, [`MachineError::State`] while its
+    /// driver is bound.
+    pub fn detach(&mut self, slot: u32) -> Result<(), MachineError> {
+        let absent = || MachineError::Invalid(format!("slot {slot} holds no device"));
+        let mut content = self.bus.slot(slot).ok_or_else(absent)?;
+        let transport = content.take_if(|transport| transport.is_unbound());
+        let Some(transport) = transport else {
+            return Err(match content.as_ref() {
+                None => absent(),
+                Some(transport) => MachineError::State(format!(
+                    "slot {slot}: the guest's driver still uses the device \"{}\"; unbind it first",
+                    transport.name()
+                )),
+            });
+        };
+        self.unwire(slot, &transport)
+    }
+
+    /// Stops vCPUs and devices where state is whole. Nothing happens when they are stopped.
+    ///
+    /// # Errors
+    /// [`MachineError::State`] when a vCPU is lost.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        let Processors::Running(running) = &mut self.processors else {
+            return Ok(());
+        };
+        for vcpu in running.iter() {
+            vcpu.request_stop();
+        }
+        let mut vcpus = Vec::with_capacity(running.len());
+        for vcpu in running.drain(..) {
+            vcpus.push(
+                vcpu.join()
+                    .ok_or_else(|| MachineError::State("a vCPU's thread panicked".into()))?,
+            );
+        }
+        self.processors = Processors::Paused(vcpus);
+        self.for_each_device(|_, transport| transport.pause());
+        Ok(())
+    }
+
+    /// Lets devices and vCPUs run. Nothing happens when they do.
+    ///
+    /// # Errors
+    /// [`MachineError::Io`] when a thread cannot be started.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        if matches!(self.processors, Processors::Running(_)) {
+            return Ok(());
+        }
+        self.for_each_device(|_, transport| transport.resume());
+        let Processors::Paused(vcpus) =
+            std::mem::replace(&mut self.processors, Processors::Running(Vec::new()))
+        else {
+            return Ok(());
+        };
+        let mut running = Vec::with_capacity(vcpus.len());
+        for vcpu in vcpus {
+            running.push(
+                vcpu.start(self.bus.clone(), self.notices.clone())
+                    .map_err(MachineError::io("starting a vCPU's thread"))?,
+            );
+        }
+        self.processors = Processors::Running(running);
+        Ok(())
+    }
+
+    /// The last words of the guest.
+    pub fn console_tail(&self) -> String {
+        self.tail.text()
+    }
+
+    /// What the API tells of the microVM.
+    pub fn describe(&self, stages: Vec<(String, u64)>) -> Description {
+        let mut slots = Vec::new();
+        self.for_each_device(|slot, transport| {
+            slots.push(SlotDescription {
+                slot,
+                device: transport.name().into(),
+                active: transport.is_active(),
+                requests: transport.completed(),
+            });
+        });
+        let exits = self.exits.iter();
+        Description {
+            version: env!("CARGO_PKG_VERSION").into(),
+            state: match self.processors {
+                Processors::Running(_) => RunState::Running,
+                Processors::Paused(_) => RunState::Paused,
+            },
+            vcpus: self.vcpu_config,
+            memory: self.memory_config,
+            slots,
+            slot_count: SLOT_COUNT,
+            balloon_mib: 0,
+            hotplugged_mib: 0,
+            vm_exits: exits.map(|exits| exits.load(Ordering::Relaxed)).sum(),
+            stages,
+        }
+    }
+
+    fn fill_slots(
+        &mut self,
+        devices: &[DeviceConfig],
+        fds: &mut Fds,
+    ) -> Result<Vec<u32>, MachineError> {
+        let mut slots = Vec::with_capacity(devices.len());
+        for config in devices {
+            let device = self.build_device(config, fds)?;
+            slots.push(self.fill(device)?);
+        }
+        Ok(slots)
+    }
+
+    /// Puts a device into the first free slot and connects it to KVM.
+    fn fill(&self, device: Box<dyn Device>) -> Result<u32, MachineError> {
+        for slot in 0..SLOT_COUNT {
+            let Some(mut content) = self.bus.slot(slot) else {
+                continue;
+            };
+            if content.is_some() {
+                continue;
+            }
+            let name = device.name();
+            let notices = self.notices.clone();
+            let on_failure = Box::new(move |error: &DeviceError| {
+                let message = format!("device \"{name}\" in slot {slot}: {error}");
+                notices.push(Notice::DeviceFailed { slot, message });
+            });
+            let transport = Transport::new(device, self.memory.clone(), on_failure)
+                .map_err(MachineError::io("making a device's events and thread"))?;
+            self.wire(slot, &transport)?;
+            *content = Some(transport);
+            return Ok(slot);
+        }
+        Err(MachineError::Exhausted(format!(
+            "all {SLOT_COUNT} device slots are filled"
+        )))
+    }
+
+    fn wire(&self, slot: u32, transport: &Transport) -> Result<(), MachineError> {
+        let notify = IoEventAddress::Mmio(bus::slot_address(slot) + QUEUE_NOTIFY);
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            self.vm
+                .register_ioevent(kick, &notify, queue)
+                .map_err(MachineError::kvm("KVM_IOEVENTFD"))?;
+        }
+        self.vm
+            .register_irqfd(transport.interrupt().irqfd(), bus::slot_interrupt(slot))
+            .map_err(MachineError::kvm("KVM_IRQFD"))
+    }
+
+    fn unwire(&self, slot: u32, transport: &Transport) -> Result<(), MachineError> {
+        let notify = IoEventAddress::Mmio(bus::slot_address(slot) + QUEUE_NOTIFY);
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            self.vm
+                .unregister_ioevent(kick, &notify, queue)
+                .map_err(MachineError::kvm("KVM_IOEVENTFD (deassign)"))?;
+        }
+        self.vm
+            .unregister_irqfd(transport.interrupt().irqfd(), bus::slot_interrupt(slot))
+            .map_err(MachineError::kvm("KVM_IRQFD (deassign)"))
+    }
+
+    fn for_each_device(&self, mut visit: impl FnMut(u32, &mut Transport)) {
+        for slot in 0..SLOT_COUNT {
+            if let Some(mut content) = self.bus.slot(slot)
+                && let Some(transport) = content.as_mut()
+            {
+                visit(slot, transport);
+            }
+        }
+    }
+}
+
+fn check_vcpus(config: &VcpuConfig) -> Result<(), MachineError> {
+    if config.boot == 0 || config.boot > config.max || config.max > MAX_VCPUS {
+        return Err(MachineError::Invalid(format!(
+            "{} vCPUs at boot of at most {}: need 1 <= boot <= max <= {MAX_VCPUS}",
+            config.boot, config.max
+        )));
+    }
+    Ok(())
+}
+
+/// The parent's command line with what only the VMM knows.
+fn complete_cmdline(config: &BootConfig) -> String {
+    let mut cmdline = config.cmdline.clone();
+    if config.vcpus.boot < config.vcpus.max {
+        cmdline.push_str(&format!(" maxcpus={}", config.vcpus.boot));
+    }
+    cmdline.push_str(&bus::slots_cmdline());
+    cmdline
+}
