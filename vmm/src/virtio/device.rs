@@ -1,7 +1,7 @@
 //! What a device is to its transport.
 
 use std::{
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, BorrowedFd},
     sync::{Arc, atomic::AtomicU64},
 };
 
@@ -170,6 +170,12 @@ impl Active {
         }
         Ok(true)
     }
+}
+
+/// An event as a descriptor that can be polled.
+pub fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the event owns its descriptor and is borrowed as long as the result.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// A device's saved state.

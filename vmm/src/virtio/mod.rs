@@ -11,7 +11,7 @@ pub mod testing;
 mod worker;
 
 pub use chain::{Chain, ChainError, Head, Reader, Segment, Writer};
-pub use device::{Active, ConfigSpace, Device, DeviceError, DeviceState, EmptyConfig};
+pub use device::{Active, ConfigSpace, Device, DeviceError, DeviceState, EmptyConfig, event_fd};
 pub use interrupt::Interrupt;
 pub use mmio::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QUEUE_NOTIFY, SLOT_BYTES, Transport, TransportState,
