@@ -1,1 +1,35 @@
-//! Placeholder replaced by the first commit of this crate.
+//! One pod, one microVM.
+//!
+//! [`Sandbox::start`] boots a microVM and finds its agent; containers are then
+//! created, started and deleted in it. Everything that a sandbox makes on the
+//! host stands in a [`record`] before it is made, so that [`Sandbox::stop`] and,
+//! after a crash of the owner, [`cleanup`] leave nothing behind.
+//!
+//! This crate knows nothing of containerd, and of docker even less.
+
+mod agent;
+mod cgroup;
+mod config;
+mod deadline;
+mod disk;
+mod error;
+mod record;
+mod sandbox;
+mod shares;
+mod spec;
+mod vmm;
+mod vsock;
+
+pub use config::{Config, ConfigError};
+pub use deadline::scaled;
+pub use error::{AgentErrorKind, Error};
+pub use record::RecordError;
+pub use sandbox::{
+    ContainerSpec, Created, Event, Exit, ProcessInfo, RootfsSource, Sandbox, SandboxSpec, State,
+    Status, Stdio, Streams, Upper, cleanup,
+};
+pub use vmm::Gone;
+
+/// The agent's messages that callers pass through.
+pub use caisson_protocol::agent::StatsResponse;
+pub use caisson_vmm_api::{Description, ExitReason};

@@ -1,0 +1,148 @@
+//! An OCI specification made for the host, turned into one for the guest.
+
+use std::path::PathBuf;
+
+use caisson_protocol::SHARE_PREFIX;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::error::Error;
+
+/// A bind mount whose source is on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostBind {
+    /// Index in the specification's mounts.
+    pub mount: usize,
+    /// On the host.
+    pub source: PathBuf,
+    /// The host's side enforces it too.
+    pub read_only: bool,
+}
+
+/// Reads a specification.
+///
+/// # Errors
+/// It is none.
+pub fn parse(json: &[u8]) -> Result<Spec, Error> {
+    serde_json::from_slice(json).map_err(|error| {
+        Error::Invalid(format!(
+            "the container's config.json is no OCI specification: {error}"
+        ))
+    })
+}
+
+/// Takes out what belongs to the host and has no meaning in the guest.
+///
+/// # Errors
+/// Something that cannot be left out without betraying the caller.
+pub fn translate(spec: &mut Spec) -> Result<(), Error> {
+    if let Some(linux) = spec.linux_mut() {
+        // The agent decides where a container's cgroup is.
+        linux.set_cgroups_path(None);
+        let mut kept = Vec::new();
+        for namespace in linux.namespaces().clone().unwrap_or_default() {
+            match (namespace.typ(), namespace.path()) {
+                // The guest's own network is the pod's.
+                (LinuxNamespaceType::Network, _) => {}
+                (_, None) => kept.push(namespace),
+                // One of the pod's on the host; the pod's in the guest is the guest's.
+                (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(_)) => {}
+                (kind, Some(path)) => {
+                    return Err(Error::Unsupported(format!(
+                        "the container wants to join the host's {kind:?} namespace {}: a microVM cannot",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        linux.set_namespaces(Some(kept));
+    }
+    Ok(())
+}
+
+/// The bind mounts whose sources are on the host.
+pub fn host_binds(spec: &Spec) -> Vec<HostBind> {
+    let mounts = spec.mounts().iter().flatten().enumerate();
+    mounts
+        .filter_map(|(index, mount)| {
+            let options = mount.options().as_deref().unwrap_or_default();
+            let bind = mount.typ().as_deref() == Some("bind")
+                || options
+                    .iter()
+                    .any(|option| option == "bind" || option == "rbind");
+            let source = mount.source().clone().filter(|_| bind)?;
+            let read_only = options
+                .iter()
+                .any(|option| option == "ro" || option == "rro");
+            Some(HostBind {
+                mount: index,
+                source,
+                read_only,
+            })
+        })
+        .collect()
+}
+
+/// Replaces the source of a mount by an entry of the pod's share.
+pub fn use_share(spec: &mut Spec, mount: usize, entry: &str) {
+    if let Some(mount) = spec
+        .mounts_mut()
+        .as_mut()
+        .and_then(|mounts| mounts.get_mut(mount))
+    {
+        mount.set_source(Some(format!("{SHARE_PREFIX}{entry}").into()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(linux: &str, mounts: &str) -> Spec {
+        parse(format!(r#"{{"ociVersion":"1.2.0","linux":{linux},"mounts":{mounts}}}"#).as_bytes())
+            .unwrap()
+    }
+
+    #[test]
+    fn host_things_go() {
+        let mut one = spec(
+            r#"{"cgroupsPath":"/kubepods/x","namespaces":[{"type":"network","path":"/run/netns/a"},{"type":"pid"},{"type":"uts","path":"/proc/7/ns/uts"}]}"#,
+            "[]",
+        );
+        translate(&mut one).unwrap();
+        let linux = one.linux().as_ref().unwrap();
+        assert_eq!(linux.cgroups_path(), &None);
+        assert_eq!(linux.namespaces().as_ref().unwrap().len(), 1);
+        let mut other = spec(
+            r#"{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}"#,
+            "[]",
+        );
+        assert!(
+            translate(&mut other)
+                .unwrap_err()
+                .to_string()
+                .contains("/proc/1/ns/pid")
+        );
+    }
+
+    #[test]
+    fn binds_are_found_and_replaced() {
+        let mut one = spec(
+            "{}",
+            r#"[{"destination":"/proc","type":"proc"},{"destination":"/a","source":"/srv/a","options":["rbind","ro"]}]"#,
+        );
+        let binds = host_binds(&one);
+        assert_eq!(
+            binds,
+            [HostBind {
+                mount: 1,
+                source: "/srv/a".into(),
+                read_only: true
+            }]
+        );
+        use_share(&mut one, 1, "4");
+        assert_eq!(
+            one.mounts().as_ref().unwrap()[1].source().as_ref().unwrap(),
+            &PathBuf::from("share:4")
+        );
+    }
+}
