@@ -6,7 +6,7 @@ use rustix::{
     event::epoll::{self, EventData, EventFlags},
     io::Errno,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     Block, ID_BYTES,
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     memory::GuestMemory,
-    virtio::{Active, ActiveQueue, Chain, ChainError, DeviceError, Head, Interrupt, Segment},
+    virtio::{Active, ActiveQueue, Chain, ChainError, DeviceError, Head, Interrupt, append_iovecs},
 };
 
 /// Requests taken before completions are looked at, and rounds before the stop event is.
@@ -479,36 +479,6 @@ fn plan_read(
             }
         }
         position += piece.length();
-    }
-    Ok(())
-}
-
-/// Appends the `count` bytes behind the first `skip` of `segments`.
-fn append_iovecs(
-    memory: &GuestMemory,
-    segments: &[Segment],
-    mut skip: u64,
-    mut count: u64,
-    iovecs: &mut Vec<libc::iovec>,
-) -> Result<(), ChainError> {
-    for segment in segments {
-        let length = u64::from(segment.length);
-        if skip >= length {
-            skip -= length;
-            continue;
-        }
-        if count == 0 {
-            break;
-        }
-        let take = count.min(length - skip);
-        let address = GuestAddress(segment.address.0 + skip);
-        let slice = memory.get_slice(address, take as usize)?;
-        iovecs.push(libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: take as usize,
-        });
-        skip = 0;
-        count -= take;
     }
     Ok(())
 }

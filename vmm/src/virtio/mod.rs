@@ -4,6 +4,7 @@
 mod chain;
 mod device;
 mod interrupt;
+mod iovec;
 mod mmio;
 mod queue;
 #[cfg(test)]
@@ -13,6 +14,7 @@ mod worker;
 pub use chain::{Chain, ChainError, Head, Reader, Segment, Writer};
 pub use device::{Active, ConfigSpace, Device, DeviceError, DeviceState, EmptyConfig, event_fd};
 pub use interrupt::Interrupt;
+pub use iovec::append_iovecs;
 pub use mmio::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QUEUE_NOTIFY, SLOT_BYTES, Transport, TransportState,
     read_empty,
