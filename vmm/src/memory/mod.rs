@@ -9,9 +9,11 @@
 //! | next multiples of 2 GiB | virtio-pmem, one after the other |
 
 mod build;
+mod discard;
 mod layout;
 
 pub use build::{MemoryError, anonymous, map_file, shared};
+pub use discard::{DiscardError, discard};
 pub use layout::{LayoutError, MMIO_GAP_END, MMIO_GAP_START, MemoryLayout};
 
 /// The guest's memory as devices see it: RAM, hotpluggable RAM and pmem regions.

@@ -135,7 +135,19 @@ impl Active {
     /// # Errors
     /// [`DeviceError::QueueMissing`], [`DeviceError::Io`].
     pub fn wait(&mut self, queues: &[usize]) -> Result<bool, DeviceError> {
-        let mut fds = Vec::with_capacity(queues.len() + 1);
+        self.wait_or(queues, None)
+    }
+
+    /// As [`Active::wait`], also until `event` is written to, which is then taken as well.
+    ///
+    /// # Errors
+    /// As [`Active::wait`].
+    pub fn wait_or(
+        &mut self,
+        queues: &[usize],
+        event: Option<&EventFd>,
+    ) -> Result<bool, DeviceError> {
+        let mut fds = Vec::with_capacity(queues.len() + 2);
         fds.push(libc::pollfd {
             fd: self.stop.as_raw_fd(),
             events: libc::POLLIN,
@@ -144,6 +156,13 @@ impl Active {
         for &index in queues {
             fds.push(libc::pollfd {
                 fd: self.queue(index)?.kick().as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            });
+        }
+        if let Some(event) = event {
+            fds.push(libc::pollfd {
+                fd: event.as_raw_fd(),
                 events: libc::POLLIN,
                 revents: 0,
             });
@@ -167,6 +186,11 @@ impl Active {
                 // Someone else cannot have read it, but an error would be harmless.
                 let _ = self.queue(index)?.kick().read();
             }
+        }
+        if let Some(event) = event
+            && fds.last().is_some_and(|fd| fd.revents != 0)
+        {
+            let _ = event.read();
         }
         Ok(true)
     }
