@@ -13,6 +13,7 @@ pub mod arch;
 pub mod balloon;
 pub mod block;
 pub mod console;
+pub mod deadline;
 pub mod fs;
 pub mod jail;
 pub mod machine;

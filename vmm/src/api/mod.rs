@@ -126,6 +126,14 @@ impl Server {
                 self.machine = Some(machine);
                 return Ok(Response::Started { slots });
             }
+            Request::Restore(config) => {
+                self.expect_empty()?;
+                self.stages.reached("configuration read");
+                let notices = self.notices.clone();
+                let (machine, slots) = Machine::restore(*config, fds, notices, &mut self.stages)?;
+                self.machine = Some(machine);
+                return Ok(Response::Started { slots });
+            }
             Request::Attach(config) => {
                 let slot = self.machine()?.attach(&config, fds)?;
                 return Ok(Response::Attached { slot });
@@ -138,6 +146,8 @@ impl Server {
             Request::Detach { slot } => self.machine()?.detach(slot)?,
             Request::Pause => self.machine()?.pause()?,
             Request::Resume => self.machine()?.resume()?,
+            Request::Save { state, memory } => self.machine()?.save(state, memory, fds)?,
+            Request::SetBalloon { mib } => self.machine()?.set_balloon(mib)?,
             Request::Stop => {}
             other => {
                 return Err(MachineError::Invalid(format!(

@@ -1,18 +1,66 @@
 //! Devices from their configurations.
 
-use caisson_vmm_api::DeviceConfig;
+use std::{sync::Arc, time::Duration};
 
-use super::{Fds, Machine, MachineError};
-use crate::{console::Console, rng::Rng, virtio::Device};
+use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig};
+
+use super::{Fds, Machine, MachineError, Notice, Notices};
+use crate::{
+    balloon::{Balloon, BalloonHandle},
+    block::{Block, Contents},
+    console::Console,
+    deadline,
+    fs::Fs,
+    rng::Rng,
+    virtio::{Device, DeviceError},
+};
+
+/// For each answer of a vhost-user back end, unscaled.
+const BACK_END_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What changes devices from outside.
+#[derive(Default)]
+pub(super) struct Controls {
+    pub(super) balloon: Option<BalloonHandle>,
+}
+
+/// Tells the parent that a device's back end failed.
+pub(super) struct Reporter {
+    pub(super) notices: Arc<Notices>,
+    pub(super) slot: u32,
+    pub(super) name: &'static str,
+}
+
+impl Reporter {
+    fn tell(&self, message: &str) {
+        let Self { slot, name, .. } = self;
+        self.notices.push(Notice::DeviceFailed {
+            slot: *slot,
+            message: format!("device \"{name}\" in slot {slot}: {message}"),
+        });
+    }
+
+    /// For messages.
+    pub(super) fn by_message(self) -> Box<dyn Fn(String) + Send> {
+        Box::new(move |message| self.tell(&message))
+    }
+
+    /// For errors of [`Device::run`].
+    pub(super) fn by_error(self) -> Box<dyn Fn(&DeviceError) + Send + Sync> {
+        Box::new(move |error| self.tell(&error.to_string()))
+    }
+}
 
 impl Machine {
-    /// Builds the device that `config` describes over the descriptors in `fds`.
+    /// Builds the device that `config` describes over the descriptors in `fds`, for `slot`.
     pub(super) fn build_device(
         &mut self,
         config: &DeviceConfig,
         fds: &mut Fds,
+        slot: u32,
     ) -> Result<Box<dyn Device>, MachineError> {
         Ok(match config {
+            DeviceConfig::Block(config) => Box::new(self.build_block(config, fds, slot)?),
             DeviceConfig::Console { output } => {
                 let output = output
                     .map(|fd| fds.take(fd, "console output"))
@@ -20,11 +68,75 @@ impl Machine {
                 Box::new(Console::new(self.tail.clone(), output))
             }
             DeviceConfig::Rng => Box::new(Rng),
+            DeviceConfig::Balloon => Box::new(self.build_balloon()?),
+            DeviceConfig::Fs {
+                tag,
+                socket,
+                queues,
+            } => {
+                let socket = fds.take(*socket, "file server's socket")?;
+                let report = self.reporter(slot, "fs").by_message();
+                let deadline = deadline::scaled(BACK_END_DEADLINE);
+                let device = Fs::new(tag, socket, *queues, &self.memory, deadline, report);
+                Box::new(device.map_err(MachineError::device("fs"))?)
+            }
             other => {
                 return Err(MachineError::Invalid(format!(
                     "this build has no such device: {other:?}"
                 )));
             }
         })
+    }
+
+    fn build_block(
+        &self,
+        config: &BlockConfig,
+        fds: &mut Fds,
+        slot: u32,
+    ) -> Result<Block, MachineError> {
+        let contents = match &config.contents {
+            BlockContents::File(fd) => Contents::File(fds.take(*fd, "block file")?),
+            BlockContents::Partitions(files) => Contents::Partitions(
+                files
+                    .iter()
+                    .map(|fd| fds.take(*fd, "block partition"))
+                    .collect::<Result<_, _>>()?,
+            ),
+        };
+        Block::new(
+            config.serial.clone(),
+            contents,
+            config.read_only,
+            config.rate_limit.as_ref(),
+            self.reporter(slot, "block").by_message(),
+        )
+        .map_err(|error| MachineError::Invalid(error.to_string()))
+    }
+
+    fn build_balloon(&mut self) -> Result<Balloon, MachineError> {
+        if self.controls.balloon.is_some() {
+            return Err(MachineError::Invalid(
+                "a microVM has one balloon at most".into(),
+            ));
+        }
+        let balloon = Balloon::new(
+            self.layout
+                .ram
+                .iter()
+                .copied()
+                .chain(self.layout.hotplug)
+                .collect(),
+        )
+        .map_err(MachineError::device("balloon"))?;
+        self.controls.balloon = Some(balloon.handle());
+        Ok(balloon)
+    }
+
+    pub(super) fn reporter(&self, slot: u32, name: &'static str) -> Reporter {
+        Reporter {
+            notices: self.notices.clone(),
+            slot,
+            name,
+        }
     }
 }

@@ -5,6 +5,7 @@ use caisson_vmm_api::{Failure, FailureKind};
 use crate::{
     arch::{BootError, MpTableError},
     memory::{LayoutError, MemoryError},
+    snapshot::SnapshotError,
     virtio::DeviceError,
 };
 
@@ -51,6 +52,9 @@ pub enum MachineError {
     /// Saved state is of no use.
     #[error("saved state: {0}")]
     Snapshot(String),
+    /// The microVM could not be saved or restored.
+    #[error(transparent)]
+    Saving(#[from] SnapshotError),
     /// A system call failed.
     #[error("{what}: {source}")]
     Io {
@@ -92,7 +96,10 @@ impl MachineError {
             Self::Boot(BootError::Kernel(_)) => FailureKind::BadKernel,
             Self::Boot(BootError::Kvm { .. }) | Self::Kvm { .. } => FailureKind::Kvm,
             Self::Boot(_) => FailureKind::InvalidArgument,
+            Self::Saving(SnapshotError::Io { .. }) => FailureKind::Io,
+            Self::Saving(SnapshotError::Kvm { .. }) => FailureKind::Kvm,
             Self::Snapshot(_)
+            | Self::Saving(_)
             | Self::Device {
                 source: DeviceError::State(_),
                 ..

@@ -6,6 +6,7 @@ mod error;
 mod fds;
 mod kvm;
 mod notice;
+mod saving;
 mod stages;
 
 use std::{
@@ -19,7 +20,7 @@ use std::{
 use caisson_vmm_api::{
     BootConfig, Description, DeviceConfig, MemoryConfig, RunState, SlotDescription, VcpuConfig,
 };
-use kvm_ioctls::{IoEventAddress, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
 
 pub use bus::{Bus, PortWrite, SLOT_COUNT};
 pub use error::MachineError;
@@ -27,12 +28,15 @@ pub use fds::Fds;
 pub use notice::{Notice, Notices};
 pub use stages::Stages;
 
+use devices::Controls;
+
 use crate::{
     arch,
+    balloon::BalloonHandle,
     console::Tail,
     memory::{GuestMemory, MemoryLayout},
     vcpu::{RunningVcpu, Vcpu},
-    virtio::{Device, DeviceError, QUEUE_NOTIFY, Transport},
+    virtio::{Device, QUEUE_NOTIFY, Transport, TransportState},
 };
 
 /// Most vCPUs of a guest (`CONFIG_NR_CPUS` of the guest kernel).
@@ -46,6 +50,7 @@ enum Processors {
 
 /// One microVM.
 pub struct Machine {
+    kvm: Kvm,
     vm: VmFd,
     layout: MemoryLayout,
     memory: GuestMemory,
@@ -54,6 +59,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     notices: Arc<Notices>,
     tail: Tail,
+    controls: Controls,
     processors: Processors,
     exits: Vec<Arc<AtomicU64>>,
 }
@@ -90,19 +96,13 @@ impl Machine {
             arch::set_lapic_lines(&vcpu.fd)?;
         }
         stages.reached("vCPUs created");
-        let tail = Tail::default();
-        let mut machine = Self {
-            bus: Arc::new(Bus::new(tail.clone())),
-            exits: vcpus.iter().map(|vcpu| vcpu.exits.clone()).collect(),
-            vm,
-            layout,
-            memory,
-            vcpu_config: config.vcpus,
-            memory_config: config.memory,
+        let mut machine = Self::assemble(
+            (kvm, vm),
+            (layout, memory),
+            (config.vcpus, config.memory),
+            vcpus,
             notices,
-            tail,
-            processors: Processors::Paused(vcpus),
-        };
+        );
         let slots = machine.fill_slots(&config.devices, &mut fds)?;
         stages.reached("devices built");
         machine.resume()?;
@@ -110,13 +110,36 @@ impl Machine {
         Ok((machine, slots))
     }
 
+    fn assemble(
+        (kvm, vm): (Kvm, VmFd),
+        (layout, memory): (MemoryLayout, GuestMemory),
+        (vcpu_config, memory_config): (VcpuConfig, MemoryConfig),
+        vcpus: Vec<Vcpu>,
+        notices: Arc<Notices>,
+    ) -> Self {
+        let tail = Tail::default();
+        Self {
+            kvm,
+            vm,
+            layout,
+            memory,
+            vcpu_config,
+            memory_config,
+            bus: Arc::new(Bus::new(tail.clone())),
+            notices,
+            tail,
+            controls: Controls::default(),
+            exits: vcpus.iter().map(|vcpu| vcpu.exits.clone()).collect(),
+            processors: Processors::Paused(vcpus),
+        }
+    }
+
     /// Fills a free slot with a new device.
     ///
     /// # Errors
     /// [`MachineError`].
     pub fn attach(&mut self, config: &DeviceConfig, mut fds: Fds) -> Result<u32, MachineError> {
-        let device = self.build_device(config, &mut fds)?;
-        self.fill(device)
+        self.add(config, &mut fds)
     }
 
     /// Empties a slot whose driver is unbound.
@@ -188,6 +211,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Sets the size of the balloon.
+    ///
+    /// # Errors
+    /// [`MachineError::State`] without a balloon, and those of [`BalloonHandle::set_mib`].
+    pub fn set_balloon(&self, mib: u32) -> Result<(), MachineError> {
+        let balloon = self.controls.balloon.as_ref();
+        balloon
+            .ok_or_else(|| MachineError::State("the microVM has no balloon device".into()))?
+            .set_mib(mib)
+            .map_err(MachineError::device("balloon"))
+    }
+
     /// The last words of the guest.
     pub fn console_tail(&self) -> String {
         self.tail.text()
@@ -215,7 +250,11 @@ impl Machine {
             memory: self.memory_config,
             slots,
             slot_count: SLOT_COUNT,
-            balloon_mib: 0,
+            balloon_mib: self
+                .controls
+                .balloon
+                .as_ref()
+                .map_or(0, BalloonHandle::actual_mib),
             hotplugged_mib: 0,
             vm_exits: exits.map(|exits| exits.load(Ordering::Relaxed)).sum(),
             stages,
@@ -229,36 +268,48 @@ impl Machine {
     ) -> Result<Vec<u32>, MachineError> {
         let mut slots = Vec::with_capacity(devices.len());
         for config in devices {
-            let device = self.build_device(config, fds)?;
-            slots.push(self.fill(device)?);
+            slots.push(self.add(config, fds)?);
         }
         Ok(slots)
     }
 
-    /// Puts a device into the first free slot and connects it to KVM.
-    fn fill(&self, device: Box<dyn Device>) -> Result<u32, MachineError> {
-        for slot in 0..SLOT_COUNT {
-            let Some(mut content) = self.bus.slot(slot) else {
-                continue;
-            };
-            if content.is_some() {
-                continue;
-            }
-            let name = device.name();
-            let notices = self.notices.clone();
-            let on_failure = Box::new(move |error: &DeviceError| {
-                let message = format!("device \"{name}\" in slot {slot}: {error}");
-                notices.push(Notice::DeviceFailed { slot, message });
-            });
-            let transport = Transport::new(device, self.memory.clone(), on_failure)
-                .map_err(MachineError::io("making a device's events and thread"))?;
-            self.wire(slot, &transport)?;
-            *content = Some(transport);
-            return Ok(slot);
+    /// Builds a device and puts it into the first free slot.
+    fn add(&mut self, config: &DeviceConfig, fds: &mut Fds) -> Result<u32, MachineError> {
+        let slot = self.free_slot()?;
+        let device = self.build_device(config, fds, slot)?;
+        self.fill(slot, device, None)?;
+        Ok(slot)
+    }
+
+    fn free_slot(&self) -> Result<u32, MachineError> {
+        let free = |slot: &u32| self.bus.slot(*slot).is_some_and(|slot| slot.is_none());
+        (0..SLOT_COUNT).find(free).ok_or_else(|| {
+            MachineError::Exhausted(format!("all {SLOT_COUNT} device slots are filled"))
+        })
+    }
+
+    /// Puts a device into a slot and connects it to KVM; `saved` is taken over first.
+    fn fill(
+        &self,
+        slot: u32,
+        device: Box<dyn Device>,
+        saved: Option<&TransportState>,
+    ) -> Result<(), MachineError> {
+        let name = device.name();
+        let free = self.bus.slot(slot).filter(|slot| slot.is_none());
+        let mut content =
+            free.ok_or_else(|| MachineError::Invalid(format!("slot {slot} is not free")))?;
+        let on_failure = self.reporter(slot, name).by_error();
+        let mut transport = Transport::new(device, self.memory.clone(), on_failure)
+            .map_err(MachineError::io("making a device's events and thread"))?;
+        self.wire(slot, &transport)?;
+        if let Some(saved) = saved {
+            transport
+                .restore(saved)
+                .map_err(MachineError::device(name))?;
         }
-        Err(MachineError::Exhausted(format!(
-            "all {SLOT_COUNT} device slots are filled"
-        )))
+        *content = Some(transport);
+        Ok(())
     }
 
     fn wire(&self, slot: u32, transport: &Transport) -> Result<(), MachineError> {
