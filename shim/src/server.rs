@@ -1,0 +1,123 @@
+//! The server behind a pod's socket.
+
+use std::{
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixListener as StdListener,
+    },
+    sync::Arc,
+    time::Duration,
+};
+
+use caisson_sandbox::Config;
+use containerd_shim_protos::{
+    shim_async::create_task,
+    ttrpc::r#async::{Server, transport::Listener},
+};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+};
+
+use crate::{
+    arguments::Arguments, error::Error, events::Events, logger, service::Service, start,
+    tasks::Tasks,
+};
+
+/// Name of a pod's sandbox on the host, unique over containerd's namespaces.
+pub fn sandbox_id(namespace: &str, pod: &str) -> String {
+    format!("{namespace}.{pod}")
+}
+
+/// Serves the socket that is standard input until the pod is over.
+///
+/// # Errors
+/// Standard input is no socket, the configuration is wrong.
+pub fn run(arguments: Arguments) -> Result<(), Error> {
+    logger::init(arguments.debug);
+    // Out of the caller's session: its terminal's signals are not for the pod.
+    let _ = rustix::process::setsid();
+    let listener = listener()?;
+    let config = Config::load(None).map_err(caisson_sandbox::Error::from)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .thread_stack_size(256 << 10)
+        .build()
+        .map_err(Error::io("start the event loop"))?;
+    let socket = start::socket_path(&config, &arguments.namespace, &arguments.id);
+    let result = runtime.block_on(serve(arguments, config, listener));
+    start::remove_socket(&socket);
+    result
+}
+
+fn listener() -> Result<StdListener, Error> {
+    let socket: OwnedFd = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(Error::io("take the socket from standard input"))?;
+    let listening = rustix::net::sockopt::socket_acceptconn(&socket).unwrap_or(false);
+    if !listening {
+        return Err(Error::Usage(
+            "standard input is no listening socket; containerd calls this program with the verb start".to_owned(),
+        ));
+    }
+    let listener = StdListener::from(socket);
+    listener
+        .set_nonblocking(true)
+        .map_err(Error::io("prepare the socket"))?;
+    Ok(listener)
+}
+
+async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> Result<(), Error> {
+    let listener = UnixListener::from_std(listener).map_err(Error::io("watch the socket"))?;
+    let events = Events::new(
+        arguments.publish_binary,
+        &arguments.address,
+        &arguments.namespace,
+    );
+    let tasks = Tasks::new(
+        config,
+        sandbox_id(&arguments.namespace, &arguments.id),
+        events,
+    );
+    let mut server = Server::new()
+        .add_listener(trusted(listener))
+        .register_service(create_task(Arc::new(Service::new(tasks.clone()))));
+    server.start().await?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::io("watch for SIGTERM"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::io("watch for SIGINT"))?;
+    tokio::select! {
+        () = tasks.ended.notified() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tasks.stop().await;
+    // Answers under way get out.
+    let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
+    Ok(())
+}
+
+/// Connections of root and of the user we run as; the socket's mode says the same.
+fn trusted(listener: UnixListener) -> Listener {
+    let own = rustix::process::geteuid().as_raw();
+    Listener::new(futures_util::stream::unfold(
+        listener,
+        move |listener| async move {
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => match stream.peer_cred() {
+                        Ok(peer) if peer.uid() == 0 || peer.uid() == own => {
+                            return Some((Ok(stream), listener));
+                        }
+                        Ok(peer) => log::warn!("refused a connection of user {}", peer.uid()),
+                        Err(error) => log::warn!("refused a connection: {error}"),
+                    },
+                    Err(error) => {
+                        log::warn!("cannot accept a connection: {error}");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                }
+            }
+        },
+    ))
+}

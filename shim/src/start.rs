@@ -1,0 +1,200 @@
+//! `start`: the pod's socket, and a server behind it.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileTypeExt, PermissionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use caisson_sandbox::Config;
+use oci_spec::runtime::Spec;
+
+use crate::{arguments::Arguments, error::Error};
+
+/// Annotations that name the pod of a container: containerd's CRI plugin, CRI-O.
+const POD_ANNOTATIONS: [&str; 2] = [
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri-o.SandboxID",
+];
+
+/// Runs the verb.
+///
+/// # Errors
+/// No bundle, no socket, no server.
+pub fn run(arguments: &Arguments) -> Result<(), Error> {
+    let bundle = arguments.bundle()?;
+    let pod = pod_of(&bundle)?.unwrap_or_else(|| arguments.id.clone());
+    let config = Config::load(None).map_err(caisson_sandbox::Error::from)?;
+    let socket = socket_path(&config, &arguments.namespace, &pod);
+    // Somebody else of the pod may have been first.
+    if UnixStream::connect(&socket).is_err() {
+        serve(arguments, &bundle, &pod, &socket)?;
+    }
+    let address = format!("unix://{}", socket.display());
+    let file = bundle.join("address");
+    fs::write(&file, &address).map_err(Error::file("write", file))?;
+    println!("{address}");
+    Ok(())
+}
+
+/// The pod that the bundle's container belongs to, if it belongs to one.
+fn pod_of(bundle: &Path) -> Result<Option<String>, Error> {
+    let path = bundle.join("config.json");
+    let text = fs::read(&path).map_err(Error::file("read", &path))?;
+    let spec: Spec = serde_json::from_slice(&text).map_err(|error| {
+        Error::Invalid(format!(
+            "{} is no OCI specification: {error}",
+            path.display()
+        ))
+    })?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    Ok(POD_ANNOTATIONS
+        .iter()
+        .find_map(|name| annotations.get(*name).cloned()))
+}
+
+/// A short name, as socket paths must not exceed 107 bytes (unix(7)).
+pub fn socket_path(config: &Config, namespace: &str, pod: &str) -> PathBuf {
+    // FNV-1a, 64 bits: ids are random already, and a clash only makes the start fail.
+    let hash = namespace
+        .bytes()
+        .chain([0])
+        .chain(pod.bytes())
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    config
+        .run_dir
+        .join("shim")
+        .join(format!("{hash:016x}.sock"))
+}
+
+/// Removes the socket and its directory if that was the last one.
+pub fn remove_socket(socket: &Path) {
+    let _ = fs::remove_file(socket);
+    for parent in socket.ancestors().skip(1).take(2) {
+        if fs::remove_dir(parent).is_err() {
+            return;
+        }
+    }
+}
+
+fn serve(arguments: &Arguments, bundle: &Path, pod: &str, socket: &Path) -> Result<(), Error> {
+    let listener = bind(socket)?;
+    let started = spawn(arguments, bundle, pod, listener.into());
+    if started.is_err() {
+        remove_socket(socket);
+    }
+    started
+}
+
+/// Binds the socket for root alone. One that nobody serves is of a server that died.
+fn bind(socket: &Path) -> Result<UnixListener, Error> {
+    let fail = || Error::file::<io::Error>("listen on", socket);
+    for _ in 0..100 {
+        if let Some(parent) = socket.parent() {
+            fs::create_dir_all(parent).map_err(fail())?;
+        }
+        if fs::symlink_metadata(socket).is_ok_and(|data| data.file_type().is_socket())
+            && UnixStream::connect(socket).is_err()
+        {
+            let _ = fs::remove_file(socket);
+        }
+        match UnixListener::bind(socket) {
+            Ok(listener) => {
+                fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).map_err(fail())?;
+                return Ok(listener);
+            }
+            // The last other pod's server has just removed the directory.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(fail()(error)),
+        }
+    }
+    Err(fail()(io::ErrorKind::NotFound.into()))
+}
+
+fn spawn(arguments: &Arguments, bundle: &Path, pod: &str, listener: OwnedFd) -> Result<(), Error> {
+    let mut command =
+        Command::new(std::env::current_exe().map_err(Error::io("find this program"))?);
+    command
+        .args([
+            "-namespace",
+            &arguments.namespace,
+            "-id",
+            pod,
+            "-address",
+            &arguments.address,
+        ])
+        .arg("-bundle")
+        .arg(bundle);
+    if let Some(binary) = &arguments.publish_binary {
+        command.arg("-publish-binary").arg(binary);
+    }
+    if arguments.debug {
+        command.arg("-debug");
+    }
+    let child = command
+        .current_dir(bundle)
+        .stdin(listener)
+        .stdout(Stdio::null())
+        .stderr(log_of(bundle)?)
+        .spawn()
+        .map_err(Error::io("start the server"))?;
+    let file = bundle.join("shim.pid");
+    fs::write(&file, child.id().to_string()).map_err(Error::file("write", file))
+}
+
+/// containerd makes a FIFO of that name and reads it; else it is a file.
+fn log_of(bundle: &Path) -> Result<Stdio, Error> {
+    let path = bundle.join("log");
+    let fifo = fs::symlink_metadata(&path).is_ok_and(|data| data.file_type().is_fifo());
+    let file = if fifo {
+        // Both ways, so that a reader that is late or gone neither blocks nor kills.
+        File::options().read(true).write(true).open(&path)
+    } else {
+        File::options().create(true).append(true).open(&path)
+    };
+    file.map(Stdio::from).map_err(Error::file("open", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pod_is_in_the_annotations() {
+        let bundle = tempfile::tempdir().unwrap();
+        let write = |text: &str| fs::write(bundle.path().join("config.json"), text).unwrap();
+        write(r#"{"ociVersion":"1.2.0"}"#);
+        assert_eq!(pod_of(bundle.path()).unwrap(), None);
+        write(r#"{"ociVersion":"1.2.0","annotations":{"io.kubernetes.cri.sandbox-id":"p"}}"#);
+        assert_eq!(pod_of(bundle.path()).unwrap().as_deref(), Some("p"));
+        write("{");
+        assert!(pod_of(bundle.path()).is_err());
+    }
+
+    #[test]
+    fn a_dead_servers_socket_is_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = Config {
+            run_dir: directory.path().join("run"),
+            ..Config::default()
+        };
+        let socket = socket_path(&config, "n", "p");
+        assert_ne!(socket, socket_path(&config, "np", ""));
+        drop(bind(&socket).unwrap());
+        let live = bind(&socket).unwrap();
+        assert!(bind(&socket).is_err(), "a live one is left alone");
+        drop(live);
+        remove_socket(&socket);
+        assert!(!config.run_dir.exists());
+    }
+}
