@@ -174,6 +174,12 @@ impl Connection {
         &self.socket
     }
 
+    /// Bytes that wait for the host program.
+    #[cfg(test)]
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Asks the guest for a connection.
     pub fn request(&mut self, ports: Ports, deadline: Instant) {
         self.ports = ports;

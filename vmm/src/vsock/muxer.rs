@@ -108,6 +108,22 @@ impl Muxer {
         self.connections.len() - self.free.len()
     }
 
+    /// Packets without and connections with something that waits for the guest.
+    #[cfg(test)]
+    pub fn waiting(&self) -> (usize, usize) {
+        (self.resets.len(), self.turns.len())
+    }
+
+    /// Bytes that wait for host programs.
+    #[cfg(test)]
+    pub fn buffered(&self) -> usize {
+        self.connections
+            .iter()
+            .flatten()
+            .map(Connection::buffered)
+            .sum()
+    }
+
     /// Closes everything; the guest is not told.
     pub fn clear(&mut self) {
         self.connections.clear();
