@@ -13,10 +13,13 @@ use crate::{
     fs::Fs,
     rng::Rng,
     virtio::{Device, DeviceError},
+    vsock::Vsock,
 };
 
 /// For each answer of a vhost-user back end, unscaled.
 const BACK_END_DEADLINE: Duration = Duration::from_secs(5);
+/// For each next step of a vsock connection, unscaled.
+const VSOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What changes devices from outside.
 #[derive(Default)]
@@ -61,6 +64,19 @@ impl Machine {
     ) -> Result<Box<dyn Device>, MachineError> {
         Ok(match config {
             DeviceConfig::Block(config) => Box::new(self.build_block(config, fds, slot)?),
+            DeviceConfig::Vsock {
+                cid,
+                listener,
+                acceptor,
+            } => {
+                let listener = fds.take(*listener, "vsock listener")?;
+                let acceptor = acceptor
+                    .map(|fd| fds.take(fd, "vsock acceptor"))
+                    .transpose()?;
+                let patience = deadline::scaled(VSOCK_PATIENCE);
+                let device = Vsock::new(*cid, listener, acceptor, patience);
+                Box::new(device.map_err(|error| MachineError::Invalid(error.to_string()))?)
+            }
             DeviceConfig::Console { output } => {
                 let output = output
                     .map(|fd| fds.take(fd, "console output"))
