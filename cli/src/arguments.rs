@@ -1,0 +1,347 @@
+//! The command line.
+
+use clap::{Arg, ArgAction, Command};
+
+/// A flag with a value. As in docker, whatever follows is its value, a dash in front or not.
+fn value(
+    name: &'static str,
+    short: Option<char>,
+    placeholder: &'static str,
+    help: &'static str,
+) -> Arg {
+    let arg = Arg::new(name)
+        .long(name)
+        .value_name(placeholder)
+        .help(help)
+        .allow_hyphen_values(true);
+    short.map_or(arg.clone(), |short| arg.short(short))
+}
+
+/// A flag with values that can be repeated.
+fn list(
+    name: &'static str,
+    short: Option<char>,
+    placeholder: &'static str,
+    help: &'static str,
+) -> Arg {
+    value(name, short, placeholder, help).action(ArgAction::Append)
+}
+
+fn switch(name: &'static str, short: Option<char>, help: &'static str) -> Arg {
+    let arg = Arg::new(name)
+        .long(name)
+        .help(help)
+        .action(ArgAction::SetTrue);
+    short.map_or(arg.clone(), |short| arg.short(short))
+}
+
+fn containers() -> Arg {
+    Arg::new("container")
+        .value_name("CONTAINER")
+        .required(true)
+        .num_args(1..)
+}
+
+fn format() -> Arg {
+    value("format", None, "FORMAT", "\"table\" or \"json\"")
+}
+
+/// Everything that follows the first word without a dash is that word's: the command inside the
+/// container has flags of its own.
+fn with_rest(command: Command) -> Command {
+    command
+        .allow_external_subcommands(true)
+        .disable_help_subcommand(true)
+        .subcommand_required(true)
+}
+
+fn run() -> Command {
+    with_rest(
+        Command::new("run")
+            .about("Start an image in a microVM of its own")
+            .override_usage("caisson run [OPTIONS] IMAGE [COMMAND] [ARG...]")
+            .args([
+                switch(
+                    "interactive",
+                    Some('i'),
+                    "Pass standard input to the container",
+                ),
+                switch("tty", Some('t'), "Give the container a terminal"),
+                switch(
+                    "detach",
+                    Some('d'),
+                    "Run in the background and print the container's id",
+                ),
+                switch("rm", None, "Remove the container when it has ended"),
+                value("name", None, "NAME", "Name of the container"),
+                list(
+                    "env",
+                    Some('e'),
+                    "NAME[=VALUE]",
+                    "Set a variable, or pass one on",
+                ),
+                value(
+                    "workdir",
+                    Some('w'),
+                    "DIR",
+                    "Working directory inside the container",
+                ),
+                value(
+                    "user",
+                    Some('u'),
+                    "USER[:GROUP]",
+                    "Names of the image's files, or numbers",
+                ),
+                value(
+                    "entrypoint",
+                    None,
+                    "PROGRAM",
+                    "Replace the image's entrypoint",
+                ),
+                value(
+                    "hostname",
+                    Some('h'),
+                    "NAME",
+                    "Name of the host inside the container",
+                ),
+                switch("read-only", None, "Make the root file system read-only"),
+                list(
+                    "tmpfs",
+                    None,
+                    "DIR[:OPTIONS]",
+                    "Mount a file system in memory",
+                ),
+                list(
+                    "volume",
+                    Some('v'),
+                    "HOST:GUEST[:ro]",
+                    "Share a directory or file of the host",
+                ),
+                list("cap-add", None, "CAPABILITY", "Add a capability, or ALL"),
+                list("cap-drop", None, "CAPABILITY", "Drop a capability, or ALL"),
+                list("ulimit", None, "NAME=SOFT[:HARD]", "Set a resource limit"),
+                value("cpus", None, "NUMBER", "Processors, in parts if need be"),
+                value(
+                    "memory",
+                    Some('m'),
+                    "SIZE",
+                    "Most memory, such as 64m or 1g",
+                ),
+                value(
+                    "pids-limit",
+                    None,
+                    "NUMBER",
+                    "Most processes; -1 = no limit",
+                ),
+                value(
+                    "network",
+                    None,
+                    "MODE",
+                    "\"none\": the loopback interface only",
+                ),
+                Arg::new("help")
+                    .long("help")
+                    .help("Print help")
+                    .action(ArgAction::Help),
+            ])
+            .disable_help_flag(true),
+    )
+}
+
+fn exec() -> Command {
+    with_rest(
+        Command::new("exec")
+            .about("Run a program in a running container")
+            .override_usage("caisson exec [OPTIONS] CONTAINER COMMAND [ARG...]")
+            .args([
+                switch(
+                    "interactive",
+                    Some('i'),
+                    "Pass standard input to the program",
+                ),
+                switch("tty", Some('t'), "Give the program a terminal"),
+                switch("detach", Some('d'), "Do not wait for the program"),
+                list(
+                    "env",
+                    Some('e'),
+                    "NAME[=VALUE]",
+                    "Set a variable, or pass one on",
+                ),
+                value("workdir", Some('w'), "DIR", "Working directory"),
+                value(
+                    "user",
+                    Some('u'),
+                    "USER[:GROUP]",
+                    "Names of the image's files, or numbers",
+                ),
+            ]),
+    )
+}
+
+/// The whole command line.
+pub fn command() -> Command {
+    Command::new("caisson")
+        .about("Runs OCI containers in microVMs")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommands([
+            run(),
+            exec(),
+            Command::new("ps").about("List containers").args([
+                switch("all", Some('a'), "Those that have ended too"),
+                switch("quiet", Some('q'), "Only ids"),
+                switch("no-trunc", None, "Do not shorten"),
+                format(),
+            ]),
+            Command::new("logs")
+                .about("Print what a container has written")
+                .args([
+                    switch("follow", Some('f'), "Wait for more until it ends"),
+                    switch("timestamps", Some('t'), "Say when each line was written"),
+                    value("tail", Some('n'), "LINES", "Only so many lines of the end"),
+                    Arg::new("container").value_name("CONTAINER").required(true),
+                ]),
+            Command::new("stop")
+                .about("Ask containers to end, then end them")
+                .args([
+                    value(
+                        "time",
+                        Some('t'),
+                        "SECONDS",
+                        "How long to wait in between [default: 10]",
+                    ),
+                    containers(),
+                ]),
+            Command::new("kill")
+                .about("Send a signal to containers")
+                .args([
+                    value(
+                        "signal",
+                        Some('s'),
+                        "SIGNAL",
+                        "Name or number [default: KILL]",
+                    ),
+                    containers(),
+                ]),
+            Command::new("wait")
+                .about("Wait for containers to end, print their exit codes")
+                .arg(containers()),
+            Command::new("rm").about("Remove containers").args([
+                switch("force", Some('f'), "End them first if need be"),
+                containers(),
+            ]),
+            Command::new("inspect")
+                .about("Tell all about containers or images, as JSON")
+                .args([
+                    format(),
+                    Arg::new("name")
+                        .value_name("NAME")
+                        .required(true)
+                        .num_args(1..),
+                ]),
+            Command::new("images").about("List images").args([
+                switch("quiet", Some('q'), "Only ids"),
+                switch("no-trunc", None, "Do not shorten"),
+                format(),
+            ]),
+            Command::new("load")
+                .about("Load images from an OCI layout or an archive")
+                .args([
+                    value(
+                        "input",
+                        Some('i'),
+                        "PATH",
+                        "A directory or archive [default: standard input]",
+                    ),
+                    switch("quiet", Some('q'), "Print nothing"),
+                ]),
+            Command::new("rmi").about("Remove images").args([
+                switch(
+                    "force",
+                    Some('f'),
+                    "With all names and although containers that have ended use it",
+                ),
+                Arg::new("image")
+                    .value_name("IMAGE")
+                    .required(true)
+                    .num_args(1..),
+            ]),
+            Command::new("check")
+                .about("Tell whether this host can run microVMs, and what to do if not")
+                .arg(format()),
+            Command::new("version")
+                .about("Print versions")
+                .arg(format()),
+            Command::new("monitor")
+                .hide(true)
+                .arg(Arg::new("id").required(true)),
+        ])
+}
+
+/// The first word and what follows it, of a command made by [`with_rest`].
+pub fn rest(matches: &clap::ArgMatches) -> (String, Vec<String>) {
+    let Some((first, rest)) = matches.subcommand() else {
+        return (String::new(), Vec::new());
+    };
+    let words = rest
+        .get_many::<std::ffi::OsString>("")
+        .into_iter()
+        .flatten();
+    (
+        first.to_owned(),
+        words
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect(),
+    )
+}
+
+/// Values of a repeated flag.
+pub fn values<'a>(matches: &'a clap::ArgMatches, name: &str) -> Vec<&'a str> {
+    matches
+        .get_many::<String>(name)
+        .into_iter()
+        .flatten()
+        .map(String::as_str)
+        .collect()
+}
+
+/// Value of a flag.
+pub fn one<'a>(matches: &'a clap::ArgMatches, name: &str) -> Option<&'a str> {
+    matches.get_one::<String>(name).map(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn flags_after_the_image_are_the_commands() {
+        let matches = command()
+            .try_get_matches_from([
+                "caisson", "run", "-it", "-e", "-x", "--rm", "img", "--rm", "-x", "",
+            ])
+            .unwrap();
+        let (_, matches) = matches.subcommand().unwrap();
+        assert!(matches.get_flag("tty") && matches.get_flag("rm"));
+        assert_eq!(values(matches, "env"), ["-x"]);
+        assert_eq!(
+            rest(matches),
+            (
+                "img".to_owned(),
+                vec!["--rm".to_owned(), "-x".to_owned(), String::new()]
+            )
+        );
+        assert!(
+            command()
+                .try_get_matches_from(["caisson", "run", "--no-such-flag", "img"])
+                .is_err()
+        );
+        assert!(command().try_get_matches_from(["caisson", "run"]).is_err());
+    }
+}

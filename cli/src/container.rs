@@ -1,0 +1,530 @@
+//! Containers on disk: `<state_dir>/containers/<id>/`.
+//!
+//! `container.json` says what was asked for and what became of it. It is written
+//! whole and renamed into place; whoever changes it holds the directory's lock.
+//! A container's monitor writes its life; when the monitor has died, whoever
+//! looks next finishes the story ([`Containers::refresh`]).
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use caisson_rootfs_builder::Store;
+use caisson_sandbox::Config;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::{error::Error, options::Volume, shim};
+
+/// Version of `container.json`.
+const VERSION: u32 = 1;
+
+/// 128 + SIGKILL: nobody saw how it ended.
+const KILLED: i32 = 137;
+
+/// Where a container is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Its microVM boots, or the start failed.
+    Created,
+    /// Its program runs.
+    Running,
+    /// Its program has ended.
+    Exited,
+}
+
+impl Status {
+    /// Docker's word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Exited => "exited",
+        }
+    }
+}
+
+/// What became of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Where it is in its life.
+    pub status: Status,
+    /// Process of its microVM on the host.
+    pub pid: u32,
+    /// Of its program.
+    pub exit_code: i32,
+    /// Why it could not start or ended before its time.
+    pub error: String,
+    /// The kernel killed a process of it for want of memory.
+    pub oom_killed: bool,
+    /// When its program started.
+    pub started_at: Option<SystemTime>,
+    /// When it ended.
+    pub finished_at: Option<SystemTime>,
+}
+
+/// A process that is only itself if it began at that time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Process id.
+    pub pid: u32,
+    /// Field 22 of /proc/PID/stat.
+    pub start_time: u64,
+}
+
+/// What was asked for, as far as `inspect` tells it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Host name inside.
+    pub hostname: String,
+    /// "USER[:GROUP]".
+    pub user: String,
+    /// Variables.
+    pub env: Vec<String>,
+    /// Working directory.
+    pub working_dir: String,
+    /// Program and arguments in front of `cmd`.
+    pub entrypoint: Vec<String>,
+    /// Arguments.
+    pub cmd: Vec<String>,
+    /// It has a terminal.
+    pub tty: bool,
+    /// It has a standard input.
+    pub open_stdin: bool,
+    /// Signal of `stop`.
+    pub stop_signal: u32,
+    /// Bytes, 0 = no limit.
+    pub memory: u64,
+    /// Microseconds per 100 ms, 0 = no limit.
+    pub cpu_quota: i64,
+    /// -1 = no limit.
+    pub pids_limit: i64,
+    /// Root is read-only.
+    pub read_only: bool,
+    /// Capabilities added.
+    pub cap_add: Vec<String>,
+    /// Capabilities dropped.
+    pub cap_drop: Vec<String>,
+    /// Shares: source, target, read-only.
+    pub volumes: Vec<(String, String, bool)>,
+    /// Image's labels.
+    pub labels: std::collections::BTreeMap<String, String>,
+}
+
+impl Request {
+    /// Notes a share.
+    pub fn add_volume(&mut self, volume: &Volume) {
+        self.volumes.push((
+            volume.source.clone(),
+            volume.target.clone(),
+            volume.read_only,
+        ));
+    }
+}
+
+/// A container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Container {
+    version: u32,
+    /// 64 hexadecimal digits.
+    pub id: String,
+    /// Unique.
+    pub name: String,
+    /// As the user wrote it.
+    pub image: String,
+    /// The image's digest.
+    pub image_id: String,
+    /// Layer images, bottom first.
+    pub layers: Vec<PathBuf>,
+    /// When it was asked for.
+    pub created: SystemTime,
+    /// Remove it when it has ended.
+    pub auto_remove: bool,
+    /// What was asked for.
+    pub request: Request,
+    /// Who supervises it.
+    pub monitor: Option<Identity>,
+    /// What became of it.
+    pub state: State,
+}
+
+impl Container {
+    /// A container that has not started.
+    pub fn new(
+        id: String,
+        name: String,
+        image: String,
+        image_id: String,
+        layers: Vec<PathBuf>,
+    ) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            name,
+            image,
+            image_id,
+            layers,
+            created: SystemTime::now(),
+            auto_remove: false,
+            request: Request::default(),
+            monitor: None,
+            state: State {
+                status: Status::Created,
+                pid: 0,
+                exit_code: 0,
+                error: String::new(),
+                oom_killed: false,
+                started_at: None,
+                finished_at: None,
+            },
+        }
+    }
+
+    /// First twelve digits, as docker shortens ids.
+    pub fn short_id(&self) -> &str {
+        self.id.get(..12).unwrap_or(&self.id)
+    }
+
+    /// Whether its monitor lives.
+    pub fn is_monitored(&self) -> bool {
+        self.monitor
+            .is_some_and(|monitor| start_time(monitor.pid) == Some(monitor.start_time))
+    }
+
+    /// Whether its program runs or is about to.
+    pub fn is_active(&self) -> bool {
+        self.state.status == Status::Running
+            || (self.state.status == Status::Created && self.is_monitored())
+    }
+}
+
+/// Field 22 of /proc/PID/stat; None when there is no such process, or only its zombie.
+pub fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// Identity of this process.
+pub fn own_identity() -> Identity {
+    let pid = std::process::id();
+    Identity {
+        pid,
+        start_time: start_time(pid).unwrap_or(0),
+    }
+}
+
+/// All containers of this host.
+pub struct Containers {
+    /// The host's settings.
+    pub config: Config,
+    directory: PathBuf,
+}
+
+/// Holds a directory's lock.
+pub struct Lock(#[expect(dead_code, reason = "held, not read")] File);
+
+fn lock(directory: &Path) -> Result<Lock, Error> {
+    let file = File::open(directory).map_err(Error::file("open", directory))?;
+    flock(&file, FlockOperation::LockExclusive).map_err(Error::file("lock", directory))?;
+    Ok(Lock(file))
+}
+
+impl Containers {
+    /// Opens the store.
+    ///
+    /// # Errors
+    /// The configuration is wrong, or the directory cannot be made.
+    pub fn open() -> Result<Self, Error> {
+        let config = Config::load(None)?;
+        let directory = config.state_dir.join("containers");
+        fs::create_dir_all(&directory).map_err(Error::file("create", &directory))?;
+        Ok(Self { config, directory })
+    }
+
+    /// The image store.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn images(&self) -> Result<Store, Error> {
+        Ok(Store::open(self.config.state_dir.join("images"))?)
+    }
+
+    /// Directory of a container.
+    pub fn directory(&self, id: &str) -> PathBuf {
+        self.directory.join(id)
+    }
+
+    /// Directory of a container's OCI bundle.
+    pub fn bundle(&self, id: &str) -> PathBuf {
+        self.directory(id).join("bundle")
+    }
+
+    /// Keeps others from adding containers and changing names.
+    ///
+    /// # Errors
+    /// The lock cannot be taken.
+    pub fn lock(&self) -> Result<Lock, Error> {
+        lock(&self.directory)
+    }
+
+    /// Keeps others from changing a container.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn lock_one(&self, id: &str) -> Result<Lock, Error> {
+        lock(&self.directory(id))
+    }
+
+    /// A new id.
+    ///
+    /// # Errors
+    /// No entropy.
+    pub fn new_id() -> Result<String, Error> {
+        let mut bytes = [0; 32];
+        File::open("/dev/urandom")
+            .and_then(|mut file| file.read_exact(&mut bytes))
+            .map_err(Error::io("read /dev/urandom"))?;
+        Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// Every container, the newest first, with its state as it is now.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn all(&self) -> Result<Vec<Container>, Error> {
+        let mut containers: Vec<Container> = self
+            .ids()?
+            .iter()
+            .filter_map(|id| self.read(id).ok())
+            .map(|container| self.refresh(container))
+            .collect();
+        containers.sort_by_key(|container| std::cmp::Reverse(container.created));
+        Ok(containers)
+    }
+
+    fn ids(&self) -> Result<Vec<String>, Error> {
+        let entries =
+            fs::read_dir(&self.directory).map_err(Error::file("list", &self.directory))?;
+        Ok(entries
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .collect())
+    }
+
+    /// The container of that name, id, or beginning of an id.
+    ///
+    /// # Errors
+    /// None, or several.
+    pub fn find(&self, name: &str) -> Result<Container, Error> {
+        let wanted = name.trim_start_matches('/');
+        let mut found: Vec<Container> = Vec::new();
+        for id in self.ids()? {
+            let Ok(container) = self.read(&id) else {
+                continue;
+            };
+            if container.id == wanted || container.name == wanted {
+                return Ok(self.refresh(container));
+            }
+            if !wanted.is_empty() && container.id.starts_with(wanted) {
+                found.push(container);
+            }
+        }
+        match found.len() {
+            0 => Err(Error::NoSuchContainer(name.to_owned())),
+            1 => Ok(self.refresh(found.remove(0))),
+            _ => Err(Error::Ambiguous(name.to_owned())),
+        }
+    }
+
+    /// Reads a container as it was written last.
+    ///
+    /// # Errors
+    /// It is gone or damaged.
+    pub fn read(&self, id: &str) -> Result<Container, Error> {
+        let path = self.directory(id).join("container.json");
+        let text = fs::read(&path).map_err(Error::file("read", &path))?;
+        let container: Container = serde_json::from_slice(&text).map_err(|error| Error::File {
+            what: "read",
+            path: path.clone(),
+            source: io::Error::other(error),
+        })?;
+        if container.version != VERSION {
+            return Err(Error::State(format!(
+                "{} is of version {}, this program knows {VERSION}",
+                path.display(),
+                container.version
+            )));
+        }
+        Ok(container)
+    }
+
+    /// Writes a container.
+    ///
+    /// # Errors
+    /// No space, or it has been removed.
+    pub fn write(&self, container: &Container) -> Result<(), Error> {
+        let directory = self.directory(&container.id);
+        let (new, path) = (
+            directory.join("container.new"),
+            directory.join("container.json"),
+        );
+        let text = serde_json::to_vec_pretty(container).map_err(|error| Error::Io {
+            what: "encode a container",
+            source: io::Error::other(error),
+        })?;
+        fs::write(&new, text)
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(Error::file("write", path))
+    }
+
+    /// Changes a container under its lock.
+    ///
+    /// # Errors
+    /// It is gone, or cannot be written.
+    pub fn change(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut Container),
+    ) -> Result<Container, Error> {
+        let _lock = self.lock_one(id)?;
+        let mut container = self.read(id)?;
+        change(&mut container);
+        self.write(&container)?;
+        Ok(container)
+    }
+
+    /// The container as it is now: one whose monitor has died is brought to its end.
+    fn refresh(&self, container: Container) -> Container {
+        if container.state.status == Status::Exited
+            || container.is_monitored()
+            || container.monitor.is_none()
+        {
+            return container;
+        }
+        let finished = self.finish_for_monitor(&container.id);
+        finished.unwrap_or(container)
+    }
+
+    fn finish_for_monitor(&self, id: &str) -> Result<Container, Error> {
+        let _lock = self.lock_one(id)?;
+        let mut container = self.read(id)?;
+        if container.state.status == Status::Exited || container.is_monitored() {
+            return Ok(container);
+        }
+        let bundle = self.bundle(id);
+        shim::end_orphan(&bundle);
+        if let Err(error) = shim::delete(&self.config, id, &bundle) {
+            log::warn!("{error}");
+        }
+        container.state.status = Status::Exited;
+        container.state.pid = 0;
+        container.state.exit_code = KILLED;
+        container.state.error = "its monitor was killed".to_owned();
+        container.state.oom_killed |= bundle.join("oom").exists();
+        container.state.finished_at = Some(SystemTime::now());
+        self.write(&container)?;
+        Ok(container)
+    }
+
+    /// Removes all of a container that does not run.
+    ///
+    /// # Errors
+    /// Its directory cannot be removed.
+    pub fn remove(&self, id: &str) -> Result<(), Error> {
+        self.images()?.release(id)?;
+        let directory = self.directory(id);
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::file("remove", directory)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn containers(directory: &Path) -> Containers {
+        let config = Config {
+            state_dir: directory.to_owned(),
+            run_dir: directory.join("run"),
+            ..Config::default()
+        };
+        let directory = directory.join("containers");
+        fs::create_dir_all(&directory).unwrap();
+        Containers { config, directory }
+    }
+
+    fn add(containers: &Containers, id: &str, name: &str) -> Container {
+        fs::create_dir_all(containers.bundle(id)).unwrap();
+        let container = Container::new(
+            id.to_owned(),
+            name.to_owned(),
+            "i".to_owned(),
+            "d".to_owned(),
+            vec![],
+        );
+        containers.write(&container).unwrap();
+        container
+    }
+
+    #[test]
+    fn names_ids_and_their_beginnings() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = containers(directory.path());
+        add(&all, "abc1", "one");
+        add(&all, "abd2", "two");
+        assert_eq!(all.find("two").unwrap().id, "abd2");
+        assert_eq!(all.find("/one").unwrap().id, "abc1");
+        assert_eq!(all.find("abc").unwrap().name, "one");
+        assert!(matches!(all.find("ab"), Err(Error::Ambiguous(_))));
+        assert!(matches!(all.find("x"), Err(Error::NoSuchContainer(_))));
+        assert!(matches!(all.find(""), Err(Error::NoSuchContainer(_))));
+    }
+
+    #[test]
+    fn a_dead_monitors_container_has_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = containers(directory.path());
+        add(&all, "a", "one");
+        all.change("a", |container| {
+            container.state.status = Status::Running;
+            container.monitor = Some(Identity {
+                pid: std::process::id(),
+                start_time: 1,
+            });
+        })
+        .unwrap();
+        let seen = all.find("one").unwrap();
+        assert_eq!(
+            (seen.state.status, seen.state.exit_code),
+            (Status::Exited, 137)
+        );
+        assert_eq!(all.read("a").unwrap().state.status, Status::Exited);
+    }
+
+    #[test]
+    fn a_live_monitors_container_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let all = containers(directory.path());
+        add(&all, "a", "one");
+        all.change("a", |container| {
+            container.state.status = Status::Running;
+            container.monitor = Some(own_identity());
+        })
+        .unwrap();
+        assert!(all.find("one").unwrap().is_active());
+        all.remove("a").unwrap();
+        assert!(all.all().unwrap().is_empty());
+    }
+}

@@ -1,0 +1,101 @@
+//! `caisson`: containers in microVMs, by docker's verbs.
+#![forbid(unsafe_code)]
+
+mod arguments;
+mod attach;
+mod check;
+mod container;
+mod error;
+mod exec;
+mod images;
+mod inspect;
+mod lifecycle;
+mod log_file;
+mod logs;
+mod monitor;
+mod options;
+mod ps;
+mod run;
+mod seccomp;
+mod shim;
+mod spec;
+mod terminal;
+mod version;
+
+use std::process::ExitCode;
+
+use error::Error;
+
+fn main() -> ExitCode {
+    let matches = match arguments::command().try_get_matches() {
+        Ok(matches) => matches,
+        Err(error) => {
+            // Help is no error; a stdout that is closed is nobody's concern.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 125 } else { 0 });
+        }
+    };
+    let Some((verb, matches)) = matches.subcommand() else {
+        return ExitCode::from(125);
+    };
+    let of_run = verb == "run";
+    match dispatch(verb, matches) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("caisson: {error}");
+            ExitCode::from(if of_run {
+                error.run_code()
+            } else {
+                error.code()
+            })
+        }
+    }
+}
+
+fn dispatch(verb: &str, matches: &clap::ArgMatches) -> Result<u8, Error> {
+    match verb {
+        "run" => run::run(matches),
+        "monitor" => monitor::run(matches),
+        "exec" => exec::run(matches),
+        "ps" => ps::run(matches),
+        "logs" => logs::run(matches),
+        "stop" => lifecycle::stop(matches),
+        "kill" => lifecycle::kill(matches),
+        "wait" => lifecycle::wait(matches),
+        "rm" => lifecycle::remove(matches),
+        "inspect" => inspect::run(matches),
+        "images" => images::list(matches),
+        "load" => images::load(matches),
+        "rmi" => images::remove(matches),
+        "check" => check::run(matches),
+        "version" => version::run(matches),
+        other => Err(Error::Usage(format!("unknown command \"{other}\""))),
+    }
+}
+
+/// An event loop for what speaks to a shim.
+fn event_loop() -> Result<tokio::runtime::Runtime, Error> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::io("start the event loop"))
+}
+
+/// What a user asks for by `--format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Table,
+    Json,
+}
+
+impl Format {
+    fn of(matches: &clap::ArgMatches) -> Result<Self, Error> {
+        match matches.get_one::<String>("format").map(String::as_str) {
+            None | Some("table") => Ok(Self::Table),
+            Some("json" | "{{json .}}") => Ok(Self::Json),
+            Some(other) => Err(Error::Usage(format!(
+                "--format {other}: there are table and json"
+            ))),
+        }
+    }
+}
