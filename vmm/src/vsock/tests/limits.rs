@@ -78,6 +78,13 @@ fn credit_requests_are_answered() {
 
 #[test]
 fn many_connections_at_a_time_and_a_limit() {
+    // Two descriptors a connection, both ends being ours.
+    let limits = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit {
+        current: limits.maximum,
+        ..limits
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
     let mut guest = Guest::new(PATIENCE);
     let mut streams = Vec::new();
     for port in 0..1000 {
