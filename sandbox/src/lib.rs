@@ -31,5 +31,5 @@ pub use sandbox::{
 pub use vmm::Gone;
 
 /// The agent's messages that callers pass through.
-pub use caisson_protocol::agent::StatsResponse;
+pub use caisson_protocol::agent::{IoStat, StatsResponse};
 pub use caisson_vmm_api::{Description, ExitReason};

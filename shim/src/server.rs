@@ -1,6 +1,7 @@
 //! The server behind a pod's socket.
 
 use std::{
+    collections::HashMap,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixListener as StdListener,
@@ -12,7 +13,7 @@ use std::{
 use caisson_sandbox::Config;
 use containerd_shim_protos::{
     shim_async::create_task,
-    ttrpc::r#async::{Server, transport::Listener},
+    ttrpc::r#async::{Server, Service as TtrpcService, transport::Listener},
 };
 use tokio::{
     net::UnixListener,
@@ -82,7 +83,7 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
     );
     let mut server = Server::new()
         .add_listener(trusted(listener))
-        .register_service(create_task(Arc::new(Service::new(tasks.clone()))));
+        .register_service(task_services(&tasks));
     server.start().await?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::io("watch for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::io("watch for SIGINT"))?;
@@ -95,6 +96,19 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
     // Answers under way get out.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())
+}
+
+/// Task v3, and the same under its name before containerd 2.0: v3 is a renamed copy of v2, and
+/// the bare address that `start` answers means v2 to every containerd.
+fn task_services(tasks: &Arc<Tasks>) -> HashMap<String, TtrpcService> {
+    let mut services = create_task(Arc::new(Service::new(tasks.clone())));
+    let older = create_task(Arc::new(Service::new(tasks.clone())));
+    services.extend(
+        older
+            .into_iter()
+            .map(|(name, service)| (name.replace(".v3.", ".v2."), service)),
+    );
+    services
 }
 
 /// Connections of root and of the user we run as; the socket's mode says the same.

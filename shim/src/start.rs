@@ -41,8 +41,9 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
     let address = format!("unix://{}", socket.display());
     let file = bundle.join("address");
     fs::write(&file, &address).map_err(Error::file("write", file))?;
-    println!("{address}");
-    Ok(())
+    // Without a newline: containerd before 1.6 takes every byte for the address.
+    print!("{address}");
+    io::Write::flush(&mut io::stdout()).map_err(Error::io("write the answer"))
 }
 
 /// The pod that the bundle's container belongs to, if it belongs to one.
