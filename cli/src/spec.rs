@@ -357,7 +357,7 @@ mod tests {
             .flatten()
             .map(|mount| mount.destination().display().to_string())
             .collect();
-        assert_eq!(targets[targets.len() - 3..], ["/a", "/dev/shm", "/a/b"]);
+        assert_eq!(targets[targets.len() - 3..], ["/a", "/a/b", "/dev/shm"]);
         assert_eq!(
             targets
                 .iter()
