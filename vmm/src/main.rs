@@ -1,5 +1,5 @@
-//! `caisson-vmm --api-fd N [--uid U --gid G]`: one microVM, controlled through
-//! the socket that its parent left open as descriptor N.
+//! `caisson-vmm --api-fd N [--uid U --gid G] [--seccomp enforce|log]`: one microVM, controlled
+//! through the socket that its parent left open as descriptor N.
 
 use std::{
     os::fd::{FromRawFd, OwnedFd, RawFd},
@@ -8,11 +8,14 @@ use std::{
 
 use caisson_vmm::{
     api::{Server, exit_status},
+    jail,
     machine::Stages,
+    seccomp::{self, Mode},
 };
 use caisson_vmm_api::Channel;
 
-const USAGE: &str = "usage: caisson-vmm --api-fd N [--uid U --gid G] | --version";
+const USAGE: &str =
+    "usage: caisson-vmm --api-fd N [--uid U --gid G] [--seccomp enforce|log] | --version";
 /// Exit status for a wrong command line, as most programs have it.
 const USAGE_STATUS: u8 = 2;
 /// As of `ExitReason::Internal`.
@@ -21,6 +24,7 @@ const INTERNAL_STATUS: u8 = 13;
 struct Arguments {
     api_fd: RawFd,
     identity: Option<(u32, u32)>,
+    seccomp: Mode,
 }
 
 fn main() -> ExitCode {
@@ -48,6 +52,14 @@ fn main() -> ExitCode {
 
 fn serve(arguments: &Arguments, stages: Stages) -> Result<i32, String> {
     let channel = api_channel(arguments.api_fd)?;
+    let config = jail::Config {
+        api_fd: arguments.api_fd,
+        identity: arguments.identity,
+    };
+    for warning in jail::enter(&config).map_err(|error| error.to_string())? {
+        eprintln!("caisson-vmm: warning: {warning}");
+    }
+    seccomp::start(arguments.seccomp).map_err(|error| error.to_string())?;
     let server = Server::new(channel, stages).map_err(|error| format!("eventfd: {error}"))?;
     Ok(exit_status(&server.serve()))
 }
@@ -72,11 +84,20 @@ fn api_channel(fd: RawFd) -> Result<Channel, String> {
 
 fn parse(arguments: &[String]) -> Result<Arguments, String> {
     let (mut api_fd, mut uid, mut gid) = (None, None, None);
+    let mut seccomp = Mode::Enforce;
     let mut rest = arguments.iter();
     while let Some(flag) = rest.next() {
         let value = rest
             .next()
-            .ok_or_else(|| format!("{flag}: a number must follow"))?;
+            .ok_or_else(|| format!("{flag}: a value must follow"))?;
+        if flag == "--seccomp" {
+            seccomp = match value.as_str() {
+                "enforce" => Mode::Enforce,
+                "log" => Mode::Log,
+                _ => return Err(format!("{flag} {value}: must be enforce or log")),
+            };
+            continue;
+        }
         let number: u32 = value
             .parse()
             .map_err(|_| format!("{flag} {value}: not a number"))?;
@@ -94,7 +115,11 @@ fn parse(arguments: &[String]) -> Result<Arguments, String> {
         (None, None) => None,
         _ => return Err("--uid and --gid only go together".into()),
     };
-    Ok(Arguments { api_fd, identity })
+    Ok(Arguments {
+        api_fd,
+        identity,
+        seccomp,
+    })
 }
 
 #[cfg(test)]
@@ -110,12 +135,19 @@ mod tests {
     fn command_lines() {
         let arguments = parse_line("--api-fd 3 --uid 7 --gid 8").unwrap();
         assert_eq!((arguments.api_fd, arguments.identity), (3, Some((7, 8))));
+        assert_eq!(arguments.seccomp, Mode::Enforce);
+        let arguments = parse_line("--seccomp log --api-fd 3").unwrap();
+        assert_eq!(arguments.seccomp, Mode::Log);
         for (line, message) in [
             ("", "--api-fd is missing"),
-            ("--api-fd", "--api-fd: a number must follow"),
+            ("--api-fd", "--api-fd: a value must follow"),
             ("--api-fd x", "--api-fd x: not a number"),
             ("--api-fd 4294967295", "--api-fd 4294967295: too large"),
             ("--api-fd 3 --uid 1", "--uid and --gid only go together"),
+            (
+                "--api-fd 3 --seccomp off",
+                "--seccomp off: must be enforce or log",
+            ),
             ("--fast 1", "--fast: unknown"),
         ] {
             assert_eq!(parse_line(line).err().as_deref(), Some(message));

@@ -14,10 +14,14 @@ use std::{
     time::Duration,
 };
 
+use caisson_vmm_api::ExitReason;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::machine::{Bus, Notices};
+use crate::{
+    machine::{Bus, Notice, Notices},
+    seccomp::{self, ThreadKind},
+};
 
 /// Stack of a vCPU's thread, bytes.
 const STACK_BYTES: usize = 256 << 10;
@@ -54,6 +58,11 @@ impl Vcpu {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let mut vcpu = self;
+                if let Err(error) = seccomp::enter(ThreadKind::Vcpu) {
+                    let message = error.to_string();
+                    notices.push(Notice::Ended(ExitReason::Internal { message }));
+                    return vcpu;
+                }
                 vcpu.run(&bus, &notices, &stopping);
                 vcpu
             })?;

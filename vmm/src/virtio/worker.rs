@@ -3,6 +3,7 @@
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use super::{Active, Device, DeviceError};
+use crate::seccomp::{self, ThreadKind};
 
 /// Gets the reason when a device fails.
 pub type OnFailure = Box<dyn Fn(&DeviceError) + Send + Sync>;
@@ -34,6 +35,11 @@ impl Worker {
             .name(name.into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
+                if let Err(error) = confine(name) {
+                    // No device runs in an unfiltered thread: the slot's driver gets no answer.
+                    report(&DeviceError::Backend(error));
+                    return;
+                }
                 while let Ok((mut device, mut active)) = next.recv() {
                     if let Err(error) = device.run(&mut active) {
                         report(&error);
@@ -64,4 +70,10 @@ impl Worker {
     pub(super) fn report(&self, error: &DeviceError) {
         (self.on_failure)(error);
     }
+}
+
+fn confine(name: &str) -> Result<(), String> {
+    // A device that has no list of its own gets the shortest.
+    let kind = ThreadKind::of_device(name).unwrap_or(ThreadKind::Rng);
+    seccomp::enter(kind).map_err(|error| error.to_string())
 }
