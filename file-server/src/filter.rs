@@ -141,7 +141,15 @@ fn programs() -> Result<[BpfProgram; 2], Error> {
     rules.insert(libc::SYS_clone, vec![thread_only()?]);
     rules.insert(libc::SYS_mmap, vec![not_executable()?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable()?]);
-    rules.insert(libc::SYS_prctl, vec![equal(0, libc::PR_SET_NAME as u64)?]);
+    rules.insert(
+        libc::SYS_prctl,
+        vec![
+            equal(0, libc::PR_SET_NAME as u64)?,
+            // libcap-ng reads all sets before it changes the effective one.
+            equal(0, libc::PR_CAPBSET_READ as u64)?,
+            ambient_read()?,
+        ],
+    );
     // Non-blocking mode of sockets.
     rules.insert(libc::SYS_ioctl, vec![equal(1, libc::FIONBIO)?]);
     let main = SeccompFilter::new(
@@ -150,7 +158,8 @@ fn programs() -> Result<[BpfProgram; 2], Error> {
         SeccompAction::Allow,
         architecture,
     )?;
-    Ok([main.try_into()?, no_clone3.try_into()?])
+    // The main one last: it forbids installing filters.
+    Ok([no_clone3.try_into()?, main.try_into()?])
 }
 
 fn thread_only() -> Result<SeccompRule, Error> {
@@ -166,9 +175,26 @@ fn equal(argument: u8, value: u64) -> Result<SeccompRule, Error> {
     rule(argument, SeccompCmpOp::Eq, value)
 }
 
+fn ambient_read() -> Result<SeccompRule, Error> {
+    let conditions = vec![
+        condition(0, SeccompCmpOp::Eq, libc::PR_CAP_AMBIENT as u64)?,
+        condition(1, SeccompCmpOp::Eq, libc::PR_CAP_AMBIENT_IS_SET as u64)?,
+    ];
+    Ok(SeccompRule::new(conditions)?)
+}
+
 fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule, Error> {
-    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Qword, operator, value)?;
-    Ok(SeccompRule::new(vec![condition])?)
+    Ok(SeccompRule::new(vec![condition(
+        argument, operator, value,
+    )?])?)
+}
+
+fn condition(
+    argument: u8,
+    operator: SeccompCmpOp,
+    value: u64,
+) -> Result<SeccompCondition, seccompiler::BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Qword, operator, value)
 }
 
 #[cfg(test)]
@@ -177,7 +203,7 @@ mod tests {
 
     #[test]
     fn the_filter_compiles() {
-        let [main, no_clone3] = programs().unwrap();
+        let [no_clone3, main] = programs().unwrap();
         assert!(main.len() > ALLOWED.len());
         assert!(!no_clone3.is_empty());
     }

@@ -77,10 +77,15 @@ impl FileServer {
                 connection,
             )),
             Err(error) => {
-                // Fails only if it has been reaped already.
+                // It may have ended already; then its status is its own.
                 let _ = child.kill();
-                let _ = child.wait();
-                Err(error)
+                let status = child.wait();
+                Err(match (error, status) {
+                    (Error::NotReady(report), Ok(status)) if report.is_empty() => {
+                        Error::NotReady(format!("it ended at once ({status})"))
+                    }
+                    (error, _) => error,
+                })
             }
         }
     }
@@ -207,7 +212,7 @@ fn keep_over_exec(fd: RawFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads the server's first line: "ready", or why not.
+/// Reads the server's first line: "ready", or why not; nothing when it ended.
 fn wait_ready(lifeline: &mut UnixStream, deadline: Duration) -> Result<(), Error> {
     let end = Instant::now() + deadline;
     let mut report = Vec::new();
@@ -239,7 +244,6 @@ fn wait_ready(lifeline: &mut UnixStream, deadline: Duration) -> Result<(), Error
     let text = String::from_utf8_lossy(&report);
     match text.trim_end() {
         "ready" => Ok(()),
-        "" => Err(Error::NotReady("it ended at once".into())),
         other => Err(Error::NotReady(other.to_owned())),
     }
 }

@@ -1,0 +1,271 @@
+//! The server as the guest sees it: a small FUSE client on a vhost-user front
+//! end talks to a real, jailed caisson-fs. Needs root, as the server does.
+
+// Helpers outside of test functions; a failure is the test's.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod client;
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use caisson_fs::{Error, FileServer, Share};
+use client::{Client, ROOT};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+const READ_WRITE: Share = Share {
+    read_only: false,
+    set_id: false,
+};
+
+struct Fixture {
+    server: FileServer,
+    client: Client,
+    directory: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Shares the directory, or a name within, and looks it up.
+    fn share(&mut self, index: u32, name: &str, share: Share) -> u64 {
+        self.server.share(index, &self.path(name), share).unwrap();
+        self.client.lookup(ROOT, &index.to_string()).unwrap()
+    }
+}
+
+fn program() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_caisson-fs"))
+}
+
+fn start() -> Fixture {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "the file server needs root, and so do its tests"
+    );
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let (server, stream) = FileServer::spawn(program(), Stdio::inherit(), DEADLINE).unwrap();
+    Fixture {
+        server,
+        client: Client::connect(stream),
+        directory,
+    }
+}
+
+#[test]
+fn a_directory_is_read_and_written_as_its_users() {
+    let mut fixture = start();
+    fs::write(fixture.path("greeting"), "hello").unwrap();
+    let share = fixture.share(0, "", READ_WRITE);
+    let client = &mut fixture.client;
+    let file = client.lookup(share, "greeting").unwrap();
+    assert_eq!(client.read(file).unwrap(), b"hello");
+
+    client.act_as(1000, 1000);
+    let new = client.create(share, "new", 0o640).unwrap();
+    client.write(new, b"from the guest").unwrap();
+    client.act_as(0, 0);
+    let path = fixture.path("new");
+    assert_eq!(fs::read(&path).unwrap(), b"from the guest");
+    let status = fs::metadata(&path).unwrap();
+    assert_eq!((status.uid(), status.gid()), (1000, 1000));
+    assert_eq!(status.mode() & 0o7777, 0o640);
+}
+
+#[test]
+fn a_single_file_is_shared() {
+    let mut fixture = start();
+    fs::write(fixture.path("hosts"), "127.0.0.1").unwrap();
+    let file = fixture.share(7, "hosts", READ_WRITE);
+    assert_eq!(fixture.client.read(file).unwrap(), b"127.0.0.1");
+    let names = fixture.client.list(ROOT).unwrap();
+    assert_eq!(names, ["7"]);
+}
+
+#[test]
+fn read_only_shares_cannot_be_changed() {
+    let mut fixture = start();
+    fs::write(fixture.path("file"), "old").unwrap();
+    let share = fixture.share(
+        0,
+        "",
+        Share {
+            read_only: true,
+            set_id: false,
+        },
+    );
+    let client = &mut fixture.client;
+    assert_eq!(client.create(share, "new", 0o600).unwrap_err(), libc::EROFS);
+    let file = client.lookup(share, "file").unwrap();
+    assert_eq!(client.read(file).unwrap(), b"old");
+    assert_eq!(client.open(file, libc::O_RDWR).unwrap_err(), libc::EROFS);
+    assert_eq!(client.chmod(file, 0o777).unwrap_err(), libc::EROFS);
+    assert_eq!(client.unlink(share, "file").unwrap_err(), libc::EROFS);
+    assert_eq!(fs::read(fixture.path("file")).unwrap(), b"old");
+    // Neither can the root that the shares lie in.
+    let client = &mut fixture.client;
+    assert_eq!(client.create(ROOT, "new", 0o600).unwrap_err(), libc::EROFS);
+}
+
+#[test]
+fn the_guest_stays_within_its_shares() {
+    let mut fixture = start();
+    symlink("/etc", fixture.path("link")).unwrap();
+    fs::create_dir(fixture.path("inner")).unwrap();
+    let share = fixture.share(0, "inner", READ_WRITE);
+    let whole = fixture.share(1, "", READ_WRITE);
+    let client = &mut fixture.client;
+    for name in ["../greeting", "/etc/passwd", "a/b"] {
+        client.lookup(share, name).unwrap_err();
+    }
+    // The share's parent is the share.
+    if let Ok(parent) = client.lookup(share, "..") {
+        assert_eq!(client.list(parent).unwrap(), Vec::<String>::new());
+    }
+    // A link is served as a link and not followed.
+    let link = client.lookup(whole, "link").unwrap();
+    assert!(client.list(link).is_err());
+    assert!(client.lookup(link, "passwd").is_err());
+    // Neither the server's /proc nor anything else is in its root.
+    assert_eq!(client.list(ROOT).unwrap(), ["0", "1"]);
+}
+
+#[test]
+fn set_id_programs_are_for_shares_that_allow_them() {
+    let mut fixture = start();
+    fs::create_dir(fixture.path("volume")).unwrap();
+    fs::create_dir(fixture.path("root")).unwrap();
+    let volume = fixture.share(0, "volume", READ_WRITE);
+    let root = fixture.share(
+        1,
+        "root",
+        Share {
+            read_only: false,
+            set_id: true,
+        },
+    );
+    let client = &mut fixture.client;
+    assert_eq!(client.create(volume, "a", 0o4755).unwrap_err(), libc::EPERM);
+    client.create(volume, "b", 0o755).unwrap();
+    let file = client.lookup(volume, "b").unwrap();
+    assert_eq!(client.chmod(file, 0o4755).unwrap_err(), libc::EPERM);
+    assert_eq!(client.chmod(file, 0o2755).unwrap_err(), libc::EPERM);
+    assert_eq!(
+        client.set_xattr(file, "security.capability", &[0; 20]),
+        Err(libc::EPERM)
+    );
+    client.set_xattr(file, "user.name", b"value").unwrap();
+    let mode = |path: PathBuf| fs::metadata(path).unwrap().mode() & 0o7777;
+    assert_eq!(mode(fixture.path("volume/b")), 0o755);
+    assert!(!fixture.path("volume/a").exists());
+    // A directory's group is inherited, which gives nobody rights.
+    let client = &mut fixture.client;
+    client.chmod(volume, 0o2775).unwrap();
+
+    client.create(root, "a", 0o4755).unwrap();
+    assert_eq!(mode(fixture.path("root/a")), 0o4755);
+    // Device nodes are for no share.
+    let client = &mut fixture.client;
+    for mode in [libc::S_IFCHR, libc::S_IFBLK] {
+        let made = client.mknod(root, "device", mode | 0o666, 0x0103);
+        assert_eq!(made.unwrap_err(), libc::EPERM);
+    }
+    client
+        .mknod(root, "fifo", libc::S_IFIFO | 0o666, 0)
+        .unwrap();
+}
+
+#[test]
+fn shares_come_and_go_and_mount_nothing_on_the_host() {
+    let mounts = || fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let before = mounts();
+    let mut fixture = start();
+    fs::write(fixture.path("file"), "x").unwrap();
+    fixture.share(0, "", READ_WRITE);
+    fixture.share(1, "file", READ_WRITE);
+    let again = fixture.server.share(0, &fixture.path(""), READ_WRITE);
+    assert!(matches!(again, Err(Error::Exists(0))));
+    let absent = fixture.server.share(2, &fixture.path("absent"), READ_WRITE);
+    let message = absent.unwrap_err().to_string();
+    assert!(message.contains("absent"), "{message}");
+    let device = fixture.server.share(2, Path::new("/dev/null"), READ_WRITE);
+    assert!(device.unwrap_err().to_string().contains("/dev/null"));
+    assert_eq!(fixture.client.list(ROOT).unwrap(), ["0", "1"]);
+    fixture.server.unshare(0).unwrap();
+    fixture.server.unshare(1).unwrap();
+    assert!(matches!(fixture.server.unshare(1), Err(Error::Missing(1))));
+    assert!(fixture.client.list(ROOT).unwrap().is_empty());
+    assert_eq!(mounts(), before);
+}
+
+#[test]
+fn the_server_is_jailed() {
+    let fixture = start();
+    let pid = fixture.server.pid();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace()
+            .skip(1)
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    // chown, dac_override, fowner, fsetid, setgid, setuid, setfcap.
+    let expected = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 31;
+    for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+        let held = u64::from_str_radix(&field(set), 16).unwrap();
+        assert_eq!(held & !expected, 0, "{set} {held:x}");
+    }
+    assert_eq!(field("CapAmb:").trim_start_matches('0'), "");
+    assert_eq!(field("NoNewPrivs:"), "1");
+    assert_eq!(field("Seccomp:"), "2");
+    // Its own pid namespace: it is process 1 there.
+    assert!(field("NSpid:").ends_with(" 1"), "{}", field("NSpid:"));
+    for namespace in ["mnt", "net", "ipc", "uts", "cgroup", "pid"] {
+        let of = |who: &str| fs::read_link(format!("/proc/{who}/ns/{namespace}")).unwrap();
+        assert_ne!(of("self"), of(&pid.to_string()), "{namespace}");
+    }
+}
+
+#[test]
+fn it_ends_with_the_vmm_and_with_the_parent() {
+    let mut fixture = start();
+    drop(fixture.client);
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = fixture.server.try_wait().unwrap() {
+            break status;
+        }
+        assert!(start.elapsed() < DEADLINE, "it goes on without a VMM");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert!(status.success(), "{status}");
+
+    let (server, _stream) = FileServer::spawn(program(), Stdio::inherit(), DEADLINE).unwrap();
+    let pid = server.pid();
+    drop(server);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+}
+
+#[test]
+fn a_program_that_does_not_get_ready_is_reported() {
+    let spawn = |path: &str| {
+        let deadline = Duration::from_millis(300);
+        FileServer::spawn(Path::new(path), Stdio::null(), deadline)
+            .map(drop)
+            .unwrap_err()
+            .to_string()
+    };
+    let absent = spawn("/nonexistent/caisson-fs");
+    assert!(absent.contains("/nonexistent/caisson-fs"), "{absent}");
+    let other = spawn("/bin/true");
+    assert!(other.contains("did not get ready"), "{other}");
+}
