@@ -6,10 +6,10 @@
 //!
 //! # System calls of the device's thread
 //! Made at construction, before the thread: `io_uring_setup`, `io_uring_register`, `mmap`, `fstat`, `fcntl`, `lseek`,
-//! `epoll_create1`, `timerfd_create`. Afterwards the thread calls `epoll_ctl`, `epoll_wait`, `write` (interrupt),
+//! `epoll_create1`, `timerfd_create`. Afterwards the thread calls `epoll_ctl`, `epoll_pwait`, `write` (interrupt),
 //! `timerfd_settime`, and, with io_uring, `io_uring_enter`, `sched_yield`; without, `preadv`, `pwritev`, `fdatasync`;
 //! either way, `fallocate`, `pwrite64`, `ioctl` (`BLKDISCARD` 0x1277, `BLKZEROOUT` 0x127f) for discards and zeroes;
-//! and the allocator's `mmap`, `munmap`, `brk`, `madvise`, `futex`. Dropping the device calls `munmap` and `close`.
+//! and the allocator's `mmap`, `munmap`, `mprotect`, `brk`, `madvise`, `futex`. Dropping the device calls `munmap` and `close`.
 
 pub mod disk;
 mod engine;

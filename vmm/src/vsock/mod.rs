@@ -9,9 +9,10 @@
 //!
 //! # System calls of the device's thread
 //! Made at construction, before the thread: `getsockopt`, `ioctl` (`FIONBIO`), `epoll_create1`. Afterwards the thread
-//! calls `epoll_ctl`, `epoll_wait`, `write` (interrupt), `accept4`, `recvfrom` (first line), `recvmsg`, `sendmsg`,
+//! calls `epoll_ctl`, `epoll_pwait`, `write` (interrupt), `accept4`, `recvfrom` (first line), `recvmsg`, `sendmsg`,
 //! `shutdown`, `socketpair` (`AF_UNIX`), `close`, `clock_gettime` (mostly vDSO), and the allocator's
-//! `mmap`, `munmap`, `brk`, `madvise`, `futex`. It needs a descriptor per connection, at most 1,024, and one more
+//! `mmap`, `munmap`, `mprotect`, `brk`, `madvise`, `futex`. A reset closes connections (`close`) in
+//! the thread that asks for it. It needs a descriptor per connection, at most 1,024, and one more
 //! for a moment.
 
 mod buffer;
