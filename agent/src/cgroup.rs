@@ -36,28 +36,33 @@ impl Cgroup {
         };
         fs::create_dir(&cgroup.path)
             .during(|| format!("create the cgroup {}", cgroup.path.display()))?;
-        let ready = cgroup.ready(limits);
+        let ready = limits.map_or(Ok(()), |limits| cgroup.update(limits));
         if ready.is_err() {
             let _ = fs::remove_dir(&cgroup.path);
         }
         ready.map(|()| cgroup)
     }
 
-    fn ready(&self, limits: Option<&oci_spec::runtime::LinuxResources>) -> Result<()> {
-        if let Some(limits) = limits {
-            self.update(limits)?;
-            if let Some(rules) = limits.devices() {
-                let directory = rustix::fs::open(
-                    &self.path,
-                    OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                    Mode::empty(),
-                )
-                .during(|| format!("open {}", self.path.display()))?;
-                resources::devices::attach(directory.as_fd(), rules)
-                    .during(|| "restrict the container's devices".to_owned())?;
-            }
-        }
-        Ok(())
+    /// Lets the members open only the devices of `limits`. Comes after the container's root has
+    /// been put together, which takes block devices that its program must not have.
+    ///
+    /// # Errors
+    /// Those of bpf(2).
+    pub fn restrict_devices(
+        &self,
+        limits: Option<&oci_spec::runtime::LinuxResources>,
+    ) -> Result<()> {
+        let Some(rules) = limits.and_then(|limits| limits.devices().as_ref()) else {
+            return Ok(());
+        };
+        let directory = rustix::fs::open(
+            &self.path,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .during(|| format!("open {}", self.path.display()))?;
+        resources::devices::attach(directory.as_fd(), rules)
+            .during(|| "restrict the container's devices".to_owned())
     }
 
     /// Sets what `limits` names and leaves the rest.

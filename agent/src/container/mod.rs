@@ -193,10 +193,8 @@ impl Manager {
                 .flatten()
         };
         let linux = spec.linux().as_ref();
-        let cgroup = Arc::new(Cgroup::create(
-            &id,
-            linux.and_then(|linux| linux.resources().as_ref()),
-        )?);
+        let limits = linux.and_then(|linux| linux.resources().clone());
+        let cgroup = Arc::new(Cgroup::create(&id, limits.as_ref())?);
         let stdio = request.stdio.unwrap_or_default();
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let user = spec
@@ -214,7 +212,15 @@ impl Manager {
             cgroup: cgroup.path().display().to_string(),
         }));
         let born = self.give_birth(&request, &stdio).await;
-        let (process, created) = match born {
+        let restricted = born.and_then(|born| match cgroup.restrict_devices(limits.as_ref()) {
+            Ok(()) => Ok(born),
+            Err(failure) => {
+                self.streams.forget(&born.0.token);
+                self.table().birth_over();
+                Err(failure)
+            }
+        });
+        let (process, created) = match restricted {
             Ok(born) => born,
             Err(failure) => {
                 let _ = cgroup.remove().await;
