@@ -21,6 +21,7 @@ pub mod mem;
 pub mod memory;
 pub mod net;
 pub mod pmem;
+pub mod rate_limit;
 pub mod rng;
 pub mod seccomp;
 pub mod snapshot;

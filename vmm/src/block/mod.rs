@@ -14,7 +14,6 @@
 pub mod disk;
 mod engine;
 mod partitions;
-mod rate_limit;
 mod request;
 mod state;
 #[cfg(test)]
@@ -29,13 +28,15 @@ use caisson_vmm_api::RateLimit;
 pub use self::disk::{Disk, DiskError};
 use self::{
     engine::Engine,
-    rate_limit::RateLimiter,
     request::{
         ID_BYTES, MAX_DISCARD_SECTORS, MAX_SEGMENT_BYTES, MAX_SEGMENTS, MAX_WRITE_ZEROES_SECTORS,
     },
     worker::Worker,
 };
-use crate::virtio::{Active, ConfigSpace, Device, DeviceError, DeviceState};
+use crate::{
+    rate_limit::RateLimiter,
+    virtio::{Active, ConfigSpace, Device, DeviceError, DeviceState},
+};
 
 const DEVICE_ID: u32 = 2;
 const QUEUE_SIZES: [u16; 1] = [128];

@@ -12,11 +12,11 @@ use super::{
     Block, ID_BYTES,
     disk::{Disk, Piece},
     engine::{self, Action, Engine, Operation},
-    rate_limit::RateLimiter,
     request::{self, Request, Status},
 };
 use crate::{
     memory::GuestMemory,
+    rate_limit::RateLimiter,
     virtio::{Active, ActiveQueue, Chain, ChainError, DeviceError, Head, Interrupt, append_iovecs},
 };
 
