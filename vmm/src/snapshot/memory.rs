@@ -199,7 +199,7 @@ fn write_pages(
 fn nonzero_runs(piece: &[u8]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (index, page) in piece.chunks(PAGE).enumerate() {
-        if page.iter().all(|byte| *byte == 0) {
+        if is_zero(page) {
             continue;
         }
         let start = index * PAGE;
@@ -210,6 +210,12 @@ fn nonzero_runs(piece: &[u8]) -> Vec<Range<usize>> {
         }
     }
     runs
+}
+
+/// Word by word: this looks at all of the guest's memory.
+fn is_zero(page: &[u8]) -> bool {
+    let (words, rest) = page.as_chunks::<16>();
+    words.iter().all(|word| u128::from_ne_bytes(*word) == 0) && rest.iter().all(|byte| *byte == 0)
 }
 
 fn out_of_range(error: vm_memory::GuestMemoryError) -> SnapshotError {
