@@ -44,6 +44,9 @@ pub enum Error {
     /// Not supported.
     #[error("{0}")]
     Unsupported(String),
+    /// The server is about to end.
+    #[error("the shim is stopping")]
+    Stopping,
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
@@ -80,6 +83,7 @@ impl Error {
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Self::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Stopping => Code::UNAVAILABLE,
             Self::File { .. } | Self::Io { .. } | Self::Ttrpc(_) => Code::UNKNOWN,
             Self::Sandbox(error) => match error {
                 SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,

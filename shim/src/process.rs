@@ -3,7 +3,10 @@
 use std::{path::PathBuf, sync::Arc, time::SystemTime};
 
 use caisson_sandbox::Streams;
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 
 use crate::stdio::{Host, Paths};
 
@@ -45,8 +48,12 @@ pub struct Process {
     pub unstarted: Option<(Host, Streams)>,
     /// Told when its stdin shall end.
     pub close_stdin: Arc<Notify>,
-    /// An end that came during `Start`.
+    /// An end that came during `Create` or `Start`.
     pub early_exit: Option<Exit>,
+    /// Its `Delete` is under way.
+    pub deleting: bool,
+    /// Ends once the program that takes its output has ended, if there is one.
+    pub logger: Option<JoinHandle<()>>,
     /// The container is frozen.
     pub paused: bool,
     /// Its end in the guest, before its output has been written.
@@ -65,6 +72,8 @@ impl Process {
             unstarted: None,
             close_stdin: Arc::default(),
             early_exit: None,
+            deleting: false,
+            logger: None,
             paused: false,
             end: watch::Sender::new(None),
             exit: watch::Sender::new(None),

@@ -21,8 +21,14 @@ use tokio::{
 };
 
 use crate::{
-    arguments::Arguments, error::Error, events::Events, logger, service::Service, start,
-    tasks::Tasks,
+    arguments::Arguments,
+    error::Error,
+    events::{Bus, Events},
+    logger,
+    pod::MicroVms,
+    service::Service,
+    start,
+    tasks::{Identity, Tasks},
 };
 
 /// Name of a pod's sandbox on the host, unique over containerd's namespaces.
@@ -71,16 +77,18 @@ fn listener() -> Result<StdListener, Error> {
 
 async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> Result<(), Error> {
     let listener = UnixListener::from_std(listener).map_err(Error::io("watch the socket"))?;
-    let events = Events::new(
-        arguments.publish_binary,
-        &arguments.address,
+    let events = Events::new(Bus::new(
         &arguments.namespace,
-    );
-    let tasks = Tasks::new(
-        config,
-        sandbox_id(&arguments.namespace, &arguments.id),
-        events,
-    );
+        &arguments.address,
+        arguments.publish_binary,
+        std::env::var("TTRPC_ADDRESS").ok(),
+    ));
+    let identity = Identity {
+        sandbox: sandbox_id(&arguments.namespace, &arguments.id),
+        namespace: arguments.namespace,
+    };
+    let pods = Box::new(MicroVms::new(config.clone()));
+    let tasks = Tasks::new(config, identity, pods, events);
     let mut server = Server::new()
         .add_listener(trusted(listener))
         .register_service(task_services(&tasks));
@@ -93,6 +101,7 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
         _ = interrupt.recv() => {}
     }
     tasks.stop().await;
+    tasks.flush_events().await;
     // Answers under way get out.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())

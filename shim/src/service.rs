@@ -1,6 +1,6 @@
 //! The ttrpc service: containerd's messages in, [`Tasks`]' methods, messages out.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use caisson_sandbox::scaled;
@@ -12,7 +12,8 @@ use containerd_shim_protos::{
         ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
         StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
-    protobuf::{EnumOrUnknown, MessageField},
+    protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::any::Any},
+    shim::oci::ProcessDetails,
     shim_async::Task,
     ttrpc::{self, r#async::TtrpcContext},
 };
@@ -34,6 +35,17 @@ impl Service {
     /// Serves `tasks`.
     pub fn new(tasks: Arc<Tasks>) -> Self {
         Self { tasks }
+    }
+
+    /// Does the whole of `work` even if the caller gives up on it: ttrpc drops a method in its
+    /// midst when the caller's deadline is over, which must leave nothing half made.
+    async fn whole<T: Send + 'static, F: Future<Output = Result<T, Error>> + Send + 'static>(
+        &self,
+        work: impl FnOnce(Arc<Tasks>) -> F,
+    ) -> Result<T, Error> {
+        tokio::spawn(work(self.tasks.clone()))
+            .await
+            .unwrap_or_else(|error| Err(Error::io("do it")(error)))
     }
 }
 
@@ -85,19 +97,19 @@ impl Task for Service {
             )
             .into());
         }
+        let creation = Creation {
+            id: request.id,
+            bundle: request.bundle.into(),
+            rootfs: request.rootfs,
+            paths: Paths {
+                terminal: request.terminal,
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+            },
+        };
         let pid = self
-            .tasks
-            .create(Creation {
-                id: request.id,
-                bundle: request.bundle.into(),
-                rootfs: request.rootfs,
-                paths: Paths {
-                    terminal: request.terminal,
-                    stdin: request.stdin,
-                    stdout: request.stdout,
-                    stderr: request.stderr,
-                },
-            })
+            .whole(|tasks| async move { tasks.create(creation).await })
             .await?;
         Ok(CreateTaskResponse {
             pid,
@@ -106,7 +118,9 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Reply<StartResponse> {
-        let pid = self.tasks.start(&request.id, &request.exec_id).await?;
+        let pid = self
+            .whole(|tasks| async move { tasks.start(&request.id, &request.exec_id).await })
+            .await?;
         Ok(StartResponse {
             pid,
             ..Default::default()
@@ -114,7 +128,9 @@ impl Task for Service {
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Reply<DeleteResponse> {
-        let (pid, exit) = self.tasks.delete(&request.id, &request.exec_id).await?;
+        let (pid, exit) = self
+            .whole(|tasks| async move { tasks.delete(&request.id, &request.exec_id).await })
+            .await?;
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -125,23 +141,24 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Reply<PidsResponse> {
         let processes = self.tasks.processes(&request.id).await?;
-        let processes = processes.into_iter().map(|process| ProcessInfo {
-            pid: process.guest_pid,
-            ..Default::default()
-        });
         Ok(PidsResponse {
-            processes: processes.collect(),
+            processes: processes
+                .into_iter()
+                .map(process_info)
+                .collect::<Result<_, _>>()?,
             ..Default::default()
         })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Reply<Empty> {
-        self.tasks.pause(&request.id, true).await?;
+        self.whole(|tasks| async move { tasks.pause(&request.id, true).await })
+            .await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Reply<Empty> {
-        self.tasks.pause(&request.id, false).await?;
+        self.whole(|tasks| async move { tasks.pause(&request.id, false).await })
+            .await?;
         Ok(Empty::new())
     }
 
@@ -167,9 +184,12 @@ impl Task for Service {
             stdout: request.stdout,
             stderr: request.stderr,
         };
-        self.tasks
-            .exec(&request.id, &request.exec_id, process, paths)
-            .await?;
+        self.whole(|tasks| async move {
+            tasks
+                .exec(&request.id, &request.exec_id, process, paths)
+                .await
+        })
+        .await?;
         Ok(Empty::new())
     }
 
@@ -223,16 +243,41 @@ impl Task for Service {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Reply<Empty> {
         // containerd says it after each container; only the last one ends the pod.
         if request.now || self.tasks.is_empty() {
-            self.tasks.stop().await;
-            let tasks = self.tasks.clone();
-            tokio::spawn(async move {
-                // The answer goes first.
-                tokio::time::sleep(scaled(std::time::Duration::from_millis(10))).await;
-                tasks.ended.notify_one();
-            });
+            self.whole(|tasks| async move {
+                tasks.stop().await;
+                tokio::spawn(async move {
+                    // The answer goes first.
+                    tokio::time::sleep(scaled(Duration::from_millis(10))).await;
+                    tasks.ended.notify_one();
+                });
+                Ok(())
+            })
+            .await?;
         }
         Ok(Empty::new())
     }
+}
+
+/// With the exec it was started by, as runc's shim tells it (`ctr task ps`).
+fn process_info(process: caisson_sandbox::ProcessInfo) -> Result<ProcessInfo, Error> {
+    let mut info = ProcessInfo {
+        pid: process.guest_pid,
+        ..Default::default()
+    };
+    if !process.exec.is_empty() {
+        let details = ProcessDetails {
+            exec_id: process.exec,
+            ..Default::default()
+        };
+        info.info = MessageField::some(Any {
+            type_url: "containerd.runc.v1.ProcessDetails".to_owned(),
+            value: details
+                .write_to_bytes()
+                .map_err(|error| Error::io("encode the answer")(std::io::Error::other(error)))?,
+            ..Default::default()
+        });
+    }
+    Ok(info)
 }
 
 /// containerd says in the request that an exec has a terminal, not always in its specification.

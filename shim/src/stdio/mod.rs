@@ -1,11 +1,10 @@
 //! A process's streams on the host: containerd's FIFOs and files on one side, connections to the
 //! guest on the other.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+mod binary;
+mod uri;
+
+use std::{io, path::Path, sync::Arc};
 
 use caisson_sandbox::Streams;
 use tokio::{
@@ -18,6 +17,9 @@ use tokio::{
 
 use crate::error::Error;
 
+use binary::Logger;
+use uri::Target;
+
 /// Bytes copied at a time.
 const CHUNK: usize = 32 * 1024;
 
@@ -28,7 +30,7 @@ pub struct Paths {
     pub terminal: bool,
     /// A FIFO, or empty.
     pub stdin: String,
-    /// A FIFO, `file:///path`, or empty.
+    /// A FIFO, `file:///path`, `binary:///program?key=value`, or empty.
     pub stdout: String,
     /// As stdout.
     pub stderr: String,
@@ -43,7 +45,16 @@ impl Paths {
             stdin: !self.stdin.is_empty(),
             // Without a reader the process gets /dev/null, which never blocks it.
             stdout: !self.stdout.is_empty(),
-            stderr: !self.stderr.is_empty(),
+            stderr: !self.stderr().is_empty(),
+        }
+    }
+
+    /// A file or a program that takes stdout takes stderr too (containerd looks at stdout's name
+    /// alone then).
+    fn stderr(&self) -> &str {
+        match Target::parse(&self.stdout) {
+            Ok(Some(Target::File(_) | Target::Binary { .. })) => &self.stdout,
+            _ => &self.stderr,
         }
     }
 }
@@ -53,64 +64,80 @@ pub struct Host {
     stdin: Option<pipe::Receiver>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
+    logger: Option<Logger>,
 }
 
 enum Sink {
-    Fifo(pipe::Sender),
+    Pipe(pipe::Sender),
     File(File),
 }
 
 impl Host {
-    /// Opens `paths`.
+    /// Opens `paths` for a container, given by containerd's namespace and its id.
     ///
     /// # Errors
-    /// A path that is not there, or a scheme that is not supported.
-    pub async fn open(paths: &Paths) -> Result<Self, Error> {
-        let stdin = match paths.stdin.as_str() {
-            "" => None,
-            path => {
-                let path = local(path)?;
+    /// A path that is not there, a program that does not start, or a scheme that is not supported.
+    pub async fn open(paths: &Paths, container: (&str, &str)) -> Result<Self, Error> {
+        let stdin = match Target::parse(&paths.stdin)? {
+            None => None,
+            Some(Target::Fifo(path)) => {
                 // Does not wait for a writer; its absence is not the end of the stream.
                 let opened = pipe::OpenOptions::new().open_receiver(&path);
                 Some(opened.map_err(Error::file("open the FIFO", path))?)
             }
+            Some(_) => {
+                return Err(Error::Unsupported(format!(
+                    "standard input comes from a FIFO only, not from {}",
+                    paths.stdin
+                )));
+            }
         };
+        if let Some(Target::Binary {
+            program,
+            arguments,
+            must_answer,
+        }) = Target::parse(&paths.stdout)?
+        {
+            let (logger, (stdout, stderr)) =
+                Logger::start(&program, &arguments, must_answer, container).await?;
+            return Ok(Self {
+                stdin,
+                stdout: Some(Sink::Pipe(stdout)),
+                stderr: Some(Sink::Pipe(stderr)).filter(|_| !paths.terminal),
+                logger: Some(logger),
+            });
+        }
         Ok(Self {
             stdin,
             stdout: sink(&paths.stdout).await?,
             stderr: if paths.terminal {
                 None
             } else {
-                sink(&paths.stderr).await?
+                sink(paths.stderr()).await?
             },
+            logger: None,
         })
     }
 }
 
-/// containerd writes a FIFO's path bare or as `fifo://`.
-fn local(uri: &str) -> Result<PathBuf, Error> {
-    match uri.split_once("://") {
-        None => Ok(uri.into()),
-        Some(("fifo" | "file", path)) => Ok(path.split('?').next().unwrap_or(path).into()),
-        Some((scheme, _)) => Err(Error::Unsupported(format!(
-            "standard streams by {scheme}:// are not supported ({uri})"
-        ))),
-    }
-}
-
-async fn sink(uri: &str) -> Result<Option<Sink>, Error> {
-    if uri.is_empty() {
-        return Ok(None);
-    }
-    let path = local(uri)?;
-    if uri.starts_with("file://") {
-        return append(&path).await.map(|file| Some(Sink::File(file)));
-    }
-    // Both ways: without a reader the process waits (as under runc) instead of dying of SIGPIPE.
-    let opened = pipe::OpenOptions::new().read_write(true).open_sender(&path);
-    Ok(Some(Sink::Fifo(
-        opened.map_err(Error::file("open the FIFO", path))?,
-    )))
+async fn sink(name: &str) -> Result<Option<Sink>, Error> {
+    Ok(match Target::parse(name)? {
+        None => None,
+        Some(Target::File(path)) => Some(Sink::File(append(&path).await?)),
+        Some(Target::Fifo(path)) => {
+            // Both ways: without a reader the process waits (as under runc) instead of dying of
+            // SIGPIPE.
+            let opened = pipe::OpenOptions::new().read_write(true).open_sender(&path);
+            Some(Sink::Pipe(
+                opened.map_err(Error::file("open the FIFO", path))?,
+            ))
+        }
+        Some(Target::Binary { .. }) => {
+            return Err(Error::Unsupported(format!(
+                "a program takes stdout and stderr, not stderr alone ({name})"
+            )));
+        }
+    })
 }
 
 async fn append(path: &Path) -> Result<File, Error> {
@@ -128,18 +155,18 @@ pub struct Pumps {
     /// Ends once all output has been written.
     outputs: JoinSet<()>,
     inputs: JoinSet<()>,
-    close_stdin: Arc<Notify>,
+    logger: Option<Logger>,
 }
 
 impl Pumps {
-    /// Starts copying between `host` and `guest`.
-    pub fn start(host: Host, guest: Streams) -> Self {
-        let close_stdin = Arc::new(Notify::new());
+    /// Starts copying between `host` and `guest`. Told by `close_stdin`, which may have been
+    /// before, it ends the process's stdin once what is in the FIFO has been sent.
+    pub fn start(host: Host, guest: Streams, close_stdin: Arc<Notify>) -> Self {
         let (mut outputs, mut inputs) = (JoinSet::new(), JoinSet::new());
         if let Some(terminal) = guest.terminal {
             let (from_guest, to_guest) = terminal.into_split();
             if let Some(stdin) = host.stdin {
-                let close = close_stdin.clone();
+                let close = close_stdin;
                 // The writing half stays open: a terminal has no end of its own.
                 inputs.spawn(async move {
                     let mut to_guest = to_guest;
@@ -155,7 +182,7 @@ impl Pumps {
             spawn_output(&mut outputs, from_guest, host.stdout);
         } else {
             if let (Some(stdin), Some(mut to_guest)) = (host.stdin, guest.stdin) {
-                let close = close_stdin.clone();
+                let close = close_stdin;
                 inputs.spawn(async move {
                     feed(stdin, &mut to_guest, &close).await;
                     hang_up(to_guest).await;
@@ -171,19 +198,27 @@ impl Pumps {
         Self {
             outputs,
             inputs,
-            close_stdin,
+            logger: host.logger,
         }
-    }
-
-    /// Told to end the process's stdin once what is in the FIFO has been sent.
-    pub fn stdin_closer(&self) -> Arc<Notify> {
-        self.close_stdin.clone()
     }
 
     /// Waits until all output has been written, then stops reading input.
     pub async fn drained(&mut self) {
         while self.outputs.join_next().await.is_some() {}
         self.inputs.abort_all();
+    }
+
+    /// Waits for the end of all output and of the program that takes it.
+    pub async fn finish(mut self) {
+        self.drained().await;
+        if let Some(logger) = self.logger.take() {
+            logger.finish().await;
+        }
+    }
+
+    /// Whether a program takes the output.
+    pub fn has_logger(&self) -> bool {
+        self.logger.is_some()
     }
 }
 
@@ -221,7 +256,7 @@ fn spawn_output<R: AsyncRead + Unpin + Send + 'static>(
 ) {
     tasks.spawn(async move {
         let result = match sink {
-            Some(Sink::Fifo(fifo)) => copy(from, fifo).await,
+            Some(Sink::Pipe(fifo)) => copy(from, fifo).await,
             Some(Sink::File(file)) => copy(from, file).await,
             None => copy(from, tokio::io::sink()).await,
         };
@@ -276,7 +311,7 @@ mod tests {
             stdout: fifo(directory.path(), "out"),
             stderr: String::new(),
         };
-        let host = Host::open(&paths).await.unwrap();
+        let host = Host::open(&paths, ("n", "c")).await.unwrap();
         let (guest_stdin, mut agent_stdin) = UnixStream::pair().unwrap();
         let (guest_stdout, mut agent_stdout) = UnixStream::pair().unwrap();
         let streams = Streams {
@@ -284,7 +319,8 @@ mod tests {
             stdout: Some(guest_stdout),
             ..Default::default()
         };
-        let mut pumps = Pumps::start(host, streams);
+        let close = Arc::new(Notify::new());
+        let mut pumps = Pumps::start(host, streams, close.clone());
         let mut reader = pipe::OpenOptions::new()
             .open_receiver(&paths.stdout)
             .unwrap();
@@ -293,7 +329,7 @@ mod tests {
         let mut text = [0; 8];
         agent_stdin.read_exact(&mut text).await.unwrap();
         assert_eq!(&text, b"question");
-        pumps.stdin_closer().notify_one();
+        close.notify_one();
         assert_eq!(agent_stdin.read(&mut text).await.unwrap(), 0, "half-closed");
         agent_stdout.write_all(b"answer").await.unwrap();
         drop(agent_stdout);
@@ -310,7 +346,7 @@ mod tests {
             stdin: fifo(directory.path(), "in"),
             ..Default::default()
         };
-        let host = Host::open(&paths).await.unwrap();
+        let host = Host::open(&paths, ("n", "c")).await.unwrap();
         let (guest_stdin, mut agent_stdin) = UnixStream::pair().unwrap();
         let _pumps = Pumps::start(
             host,
@@ -318,6 +354,7 @@ mod tests {
                 stdin: Some(guest_stdin),
                 ..Default::default()
             },
+            Arc::default(),
         );
         let mut byte = [0; 1];
         let early =
@@ -332,13 +369,38 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
+    async fn a_file_takes_both_streams() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("new/log");
+        let paths = Paths {
+            stdout: format!("file://{}", log.display()),
+            ..Default::default()
+        };
+        assert!(paths.wanted((0, 0)).stderr);
+        let host = Host::open(&paths, ("n", "c")).await.unwrap();
+        let (guest_stdout, mut agent_stdout) = UnixStream::pair().unwrap();
+        let (guest_stderr, mut agent_stderr) = UnixStream::pair().unwrap();
+        agent_stdout.write_all(b"out").await.unwrap();
+        agent_stderr.write_all(b"err").await.unwrap();
+        drop((agent_stdout, agent_stderr));
+        let streams = Streams {
+            stdout: Some(guest_stdout),
+            stderr: Some(guest_stderr),
+            ..Default::default()
+        };
+        Pumps::start(host, streams, Arc::default()).finish().await;
+        let text = std::fs::read_to_string(log).unwrap();
+        assert!(text == "outerr" || text == "errout", "{text}");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
     async fn unknown_schemes_are_refused() {
         let paths = Paths {
             stdout: "npipe:////./pipe/x".to_owned(),
             ..Default::default()
         };
         assert!(matches!(
-            Host::open(&paths).await,
+            Host::open(&paths, ("n", "c")).await,
             Err(Error::Unsupported(_))
         ));
         let paths = Paths {
@@ -346,7 +408,7 @@ mod tests {
             ..Default::default()
         };
         assert!(
-            Host::open(&paths)
+            Host::open(&paths, ("n", "c"))
                 .await
                 .err()
                 .unwrap()
