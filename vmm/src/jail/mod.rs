@@ -5,8 +5,8 @@
 //! 1. close every descriptor but 0, 1, 2 and the control socket;
 //! 2. resource limits (a hard limit can only be lowered later);
 //! 3. without root: a user namespace, whose capabilities the next steps need;
-//! 4. own mount, network, IPC and UTS namespaces, all empty (the parent made the PID namespace
-//!    and the cgroup: both must exist before the process does);
+//! 4. own mount, network, IPC and UTS namespaces, all empty (the parent made the PID namespace,
+//!    which a process cannot enter by itself, and puts it into its cgroup);
 //! 5. an empty, read-only root; the host's tree is detached;
 //! 6. as root: an empty bounding set, no groups, the microVM's own user and group;
 //! 7. as root: a user namespace that maps only that user, so user 0 does not exist;
