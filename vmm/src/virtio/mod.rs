@@ -6,7 +6,11 @@ mod device;
 mod interrupt;
 mod iovec;
 mod mmio;
+#[cfg(test)]
+mod mmio_tests;
 mod queue;
+#[cfg(test)]
+mod queue_tests;
 #[cfg(test)]
 pub mod testing;
 mod worker;

@@ -70,7 +70,29 @@ pub struct TestQueue {
 }
 
 impl TestQueue {
-    fn new(memory: &GuestMemory, index: usize, size: u16) -> Self {
+    /// As [`TestQueue::new`], with rings that read as zero.
+    pub fn fresh(memory: &GuestMemory, index: usize, size: u16) -> Self {
+        let queue = Self::new(memory, index, size);
+        let zeros = vec![0; QUEUE_STRIDE as usize];
+        memory
+            .write_slice(&zeros, GuestAddress(queue.rings.descriptors))
+            .unwrap();
+        queue
+    }
+
+    /// Goes on from ring index `position`, as after many requests.
+    pub fn set_position(&mut self, position: u16) {
+        self.available = position;
+        self.used = position;
+        for ring in [self.rings.available, self.rings.used] {
+            self.memory
+                .write_obj(position, GuestAddress(ring + 2))
+                .unwrap();
+        }
+    }
+
+    /// Queue `index` of a device with queues of `size` entries.
+    pub fn new(memory: &GuestMemory, index: usize, size: u16) -> Self {
         let base = QUEUE_STRIDE * (index as u64 + 1);
         Self {
             memory: memory.clone(),
