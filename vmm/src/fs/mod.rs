@@ -10,7 +10,7 @@
 //! ring alone, so the server must complete each queue's requests in the order
 //! they were made available, as caisson-fs does (it serves one at a time).
 //!
-//! System calls of the thread: poll, read and write (eventfds), sendmsg,
+//! System calls of the thread: poll, eventfd2, read and write (eventfds), sendmsg,
 //! sendto, recvfrom (the server's socket), close, write (log), and the
 //! allocator's and futex.
 

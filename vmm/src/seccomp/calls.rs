@@ -110,6 +110,7 @@ const FS: &[c_long] = &[
     libc::SYS_sendto,
     libc::SYS_recvmsg,
     libc::SYS_recvfrom,
+    libc::SYS_eventfd2,
 ];
 
 /// Pages of shared memory are given back by punching holes into their memfd.
