@@ -96,16 +96,11 @@ const VSOCK: &[c_long] = &[
     libc::SYS_shutdown,
 ];
 
-const NET: &[c_long] = &[
-    EPOLL[0],
-    EPOLL[1],
-    EPOLL[2],
-    EPOLL[3],
-    libc::SYS_timerfd_settime,
-    libc::SYS_readv,
-];
+const NET: &[c_long] = &[libc::SYS_timerfd_settime, libc::SYS_readv];
 
+/// An eventfd for each queue goes to the file server when the driver starts the device.
 const FS: &[c_long] = &[
+    libc::SYS_eventfd2,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_recvmsg,

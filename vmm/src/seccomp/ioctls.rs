@@ -60,7 +60,7 @@ const FIONBIO: u32 = 0x5421;
 
 const NET: &[u32] = &[
     request(WRITE, 0x54, 208, 4), // TUNSETOFFLOAD
-    request(WRITE, 0x54, 216, 4), // TUNSETVNETHDRSZ
+    request(WRITE, 0x54, 217, 4), // TUNSETQUEUE
 ];
 
 /// Building, saving and restoring a microVM, and back ends' descriptors.
@@ -112,7 +112,7 @@ const API_ONLY: &[u32] = &[
     request(READ, 0x12, 114, size_of::<usize>()), // BLKGETSIZE64
     request(NONE, 0x12, 104, 0),                  // BLKSSZGET
     request(READ, 0x54, 210, 4),                  // TUNGETIFF
-    request(READ, 0x54, 207, 4),                  // TUNGETFEATURES
+    request(WRITE, 0x54, 216, 4),                 // TUNSETVNETHDRSZ
 ];
 
 /// The requests of `kind`, the most frequent first: a filter compares them in order.
@@ -142,7 +142,7 @@ mod tests {
         assert_eq!(kvm_both::<kvm_msr_list>(0x02), 0xc004_ae02);
         assert_eq!(kvm_get::<kvm_irqchip>(0x63), 0x8208_ae63);
         assert_eq!(kvm_get::<kvm_xsave>(0xa4), 0x9000_aea4);
-        assert_eq!(NET, [0x4004_54d0, 0x4004_54d8]);
+        assert_eq!(NET, [0x4004_54d0, 0x4004_54d9]);
     }
 
     #[test]

@@ -266,6 +266,7 @@ impl<D: Device + 'static> TestDriver<D> {
     pub fn resume(&mut self) {
         let (mut device, mut active) = self.paused.take().unwrap();
         self.thread = Some(std::thread::spawn(move || {
+            crate::seccomp::enter_in_test(device.name());
             let result = device.run(&mut active);
             (device, active, result)
         }));
