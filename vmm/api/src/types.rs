@@ -80,7 +80,8 @@ pub enum Request {
 pub struct BootConfig {
     /// `/dev/kvm`, open for reading and writing.
     pub kvm: Fd,
-    /// Uncompressed ELF `vmlinux`, open for reading.
+    /// Uncompressed ELF `vmlinux`, open for reading. Guests map it: replace the file by rename(2),
+    /// never write to it.
     pub kernel: Fd,
     /// Kernel command line without what the VMM adds by itself (`virtio_mmio.device=` of every slot).
     pub cmdline: String,

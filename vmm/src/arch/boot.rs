@@ -3,9 +3,10 @@
 
 use std::fs::File;
 
-use linux_loader::loader::{Elf, KernelLoader, bootparam::boot_params};
+use linux_loader::loader::bootparam::boot_params;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::kernel;
 use crate::memory::{GuestMemory, MemoryLayout};
 
 /// Where the GDT lies.
@@ -37,7 +38,7 @@ pub enum BootError {
     #[error(
         "the kernel is not a loadable uncompressed x86_64 ELF image (vmlinux) or does not fit the guest's memory: {0}"
     )]
-    Kernel(#[from] linux_loader::loader::Error),
+    Kernel(String),
     /// Too long a command line.
     #[error("the kernel command line has {0} bytes, but at most {CMDLINE_MAX} are possible")]
     Cmdline(usize),
@@ -60,27 +61,27 @@ impl BootError {
     }
 }
 
-/// Loads `kernel` with its command line and the zero page. Returns the 64-bit entry.
+/// Loads `kernel_file` with its command line and the zero page. Returns the 64-bit entry.
 ///
 /// # Errors
 /// [`BootError`].
 pub fn load_kernel(
     memory: &GuestMemory,
     layout: &MemoryLayout,
-    kernel: &mut File,
+    kernel_file: &File,
     cmdline: &str,
 ) -> Result<u64, BootError> {
     if cmdline.len() > CMDLINE_MAX || cmdline.contains('\0') {
         return Err(BootError::Cmdline(cmdline.len()));
     }
-    let loaded = Elf::load(memory, None, kernel, Some(GuestAddress(HIGH_START)))?;
+    let entry = kernel::load(memory, kernel_file, HIGH_START)?;
     memory.write_slice(cmdline.as_bytes(), GuestAddress(CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(CMDLINE + cmdline.len() as u64))?;
     memory.write_obj(
         zero_page(layout, cmdline.len()),
         GuestAddress(BOOT_PARAMETERS),
     )?;
-    Ok(loaded.kernel_load.0)
+    Ok(entry)
 }
 
 fn zero_page(layout: &MemoryLayout, cmdline_length: usize) -> boot_params {
@@ -157,12 +158,12 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[0x7f; 4096]).unwrap();
         assert!(matches!(
-            load_kernel(&memory, &layout(), &mut file, "quiet"),
+            load_kernel(&memory, &layout(), &file, "quiet"),
             Err(BootError::Kernel(_))
         ));
         let long = "x".repeat(CMDLINE_MAX + 1);
         assert!(matches!(
-            load_kernel(&memory, &layout(), &mut file, &long),
+            load_kernel(&memory, &layout(), &file, &long),
             Err(BootError::Cmdline(2048))
         ));
     }

@@ -3,6 +3,7 @@
 
 mod boot;
 mod cpuid;
+mod kernel;
 mod mptable;
 mod registers;
 

@@ -77,12 +77,12 @@ impl Machine {
     ) -> Result<(Self, Vec<u32>), MachineError> {
         check_vcpus(&config.vcpus)?;
         let kvm = kvm::open(fds.take(config.kvm, "kvm")?)?;
-        let mut kernel = File::from(fds.take(config.kernel, "kernel")?);
+        let kernel = File::from(fds.take(config.kernel, "kernel")?);
         let layout = MemoryLayout::new(&config.memory)?;
         let memory = kvm::map_memory(&layout, config.memory.shared)?;
         stages.reached("memory mapped");
         let cmdline = complete_cmdline(&config);
-        let entry = arch::load_kernel(&memory, &layout, &mut kernel, &cmdline)?;
+        let entry = arch::load_kernel(&memory, &layout, &kernel, &cmdline)?;
         arch::write_mp_table(&memory, config.vcpus.max)?;
         stages.reached("kernel loaded");
 
