@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig};
+use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig, NetConfig};
 
 use super::{Fds, Machine, MachineError, Notice, Notices};
 use crate::{
@@ -11,6 +11,7 @@ use crate::{
     console::Console,
     deadline,
     fs::Fs,
+    net::Net,
     rng::Rng,
     virtio::{Device, DeviceError},
     vsock::Vsock,
@@ -96,6 +97,7 @@ impl Machine {
                 let device = Fs::new(tag, socket, *queues, &self.memory, deadline, report);
                 Box::new(device.map_err(MachineError::device("fs"))?)
             }
+            DeviceConfig::Net(config) => Box::new(self.build_net(config, fds, slot)?),
             other => {
                 return Err(MachineError::Invalid(format!(
                     "this build has no such device: {other:?}"
@@ -127,6 +129,23 @@ impl Machine {
             self.reporter(slot, "block").by_message(),
         )
         .map_err(|error| MachineError::Invalid(error.to_string()))
+    }
+
+    fn build_net(&self, config: &NetConfig, fds: &mut Fds, slot: u32) -> Result<Net, MachineError> {
+        let taps = config
+            .taps
+            .iter()
+            .map(|fd| fds.take(*fd, "tap"))
+            .collect::<Result<_, _>>()?;
+        Net::new(
+            taps,
+            config.mac,
+            config.mtu,
+            config.rx_rate_limit.as_ref(),
+            config.tx_rate_limit.as_ref(),
+            self.reporter(slot, "net").by_message(),
+        )
+        .map_err(MachineError::device("net"))
     }
 
     fn build_balloon(&mut self) -> Result<Balloon, MachineError> {
