@@ -9,6 +9,8 @@ use crate::error::Error;
 pub enum Verb {
     /// `-v`.
     Version,
+    /// `-info`: what this runtime is, for containerd 2.0 and later.
+    Info,
     /// `start`.
     Start,
     /// `delete`.
@@ -87,10 +89,11 @@ impl Arguments {
                 "bundle" => parsed.bundle = Some(value()?.into()),
                 "debug" => parsed.debug = given.as_deref() != Some("false"),
                 "v" | "version" => parsed.verb = Verb::Version,
+                "info" => parsed.verb = Verb::Info,
                 other => return Err(Error::Usage(format!("unknown flag -{other}"))),
             }
         }
-        if parsed.verb != Verb::Version {
+        if !matches!(parsed.verb, Verb::Version | Verb::Info) {
             for (name, value) in [("namespace", &parsed.namespace), ("id", &parsed.id)] {
                 if value.is_empty() {
                     return Err(Error::Usage(format!("-{name} is missing")));
@@ -145,6 +148,7 @@ mod tests {
                 .to_string()
                 .contains("-id")
         );
+        assert_eq!(parse("-info").unwrap().verb, Verb::Info);
         assert!(parse("-x").is_err());
         assert!(parse("-id").is_err());
     }

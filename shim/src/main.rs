@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `start` | makes the pod's socket and a server behind it, or finds the one there is; prints the address |
 //! | `delete` | removes what a server that died has left; prints a `DeleteResponse` |
+//! | `-info` | prints a `RuntimeInfo` |
 //! | none | is that server: [`server`] |
 #![forbid(unsafe_code)]
 
@@ -12,6 +13,7 @@ mod arguments;
 mod delete;
 mod error;
 mod events;
+mod info;
 mod logger;
 mod metrics;
 mod pod;
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
             );
             Ok(())
         }
+        Verb::Info => info::run(),
         Verb::Start => start::run(&arguments),
         Verb::Delete => delete::run(&arguments),
         Verb::Serve => server::run(arguments),

@@ -51,10 +51,7 @@ pub fn run(arguments: Arguments) -> Result<(), Error> {
         .thread_stack_size(256 << 10)
         .build()
         .map_err(Error::io("start the event loop"))?;
-    let socket = start::socket_path(&config, &arguments.namespace, &arguments.id);
-    let result = runtime.block_on(serve(arguments, config, listener));
-    start::remove_socket(&socket);
-    result
+    runtime.block_on(serve(arguments, config, listener))
 }
 
 fn listener() -> Result<StdListener, Error> {
@@ -76,6 +73,7 @@ fn listener() -> Result<StdListener, Error> {
 }
 
 async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> Result<(), Error> {
+    let socket = start::socket_path(&config, &arguments.namespace, &arguments.id);
     let listener = UnixListener::from_std(listener).map_err(Error::io("watch the socket"))?;
     let events = Events::new(Bus::new(
         &arguments.namespace,
@@ -102,6 +100,8 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
     }
     tasks.stop().await;
     tasks.flush_events().await;
+    // While it is still listened to: whoever finds none there makes a new one in its place.
+    start::remove_socket(&socket);
     // Answers under way get out.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())

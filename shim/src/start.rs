@@ -7,17 +7,34 @@ use std::{
         fd::OwnedFd,
         unix::{
             fs::{FileTypeExt, PermissionsExt},
-            net::{UnixListener, UnixStream},
+            net::UnixListener,
         },
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
-use caisson_sandbox::Config;
+use caisson_sandbox::{Config, scaled};
 use oci_spec::runtime::Spec;
+use rustix::{
+    fs::FlockOperation,
+    net::{
+        AddressFamily, SocketAddrUnix, SocketType,
+        sockopt::{self, Timeout},
+    },
+};
 
 use crate::{arguments::Arguments, error::Error};
+
+/// This program's name.
+pub const PROGRAM: &str = "containerd-shim-caisson-v2";
+
+/// Longest to wait for a server whose queue of connections is full.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Longest to wait for others that bind sockets.
+const BIND_LIMIT: Duration = Duration::from_secs(10);
 
 /// Annotations that name the pod of a container: containerd's CRI plugin, CRI-O.
 const POD_ANNOTATIONS: [&str; 2] = [
@@ -35,7 +52,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
     let config = Config::load(None).map_err(caisson_sandbox::Error::from)?;
     let socket = socket_path(&config, &arguments.namespace, &pod);
     // Somebody else of the pod may have been first.
-    if UnixStream::connect(&socket).is_err() {
+    if !is_served(&socket) {
         serve(arguments, &bundle, &pod, &socket)?;
     }
     let address = format!("unix://{}", socket.display());
@@ -97,15 +114,34 @@ fn serve(arguments: &Arguments, bundle: &Path, pod: &str, socket: &Path) -> Resu
     started
 }
 
-/// Binds the socket for root alone. One that nobody serves is of a server that died.
+/// Whether somebody listens. A server that is too busy to answer in time is one, too.
+fn is_served(socket: &Path) -> bool {
+    let connect = || {
+        let client = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None)?;
+        // unix(7) waits for room in the queue for as long.
+        sockopt::set_socket_timeout(&client, Timeout::Send, Some(scaled(CONNECT_LIMIT)))?;
+        rustix::net::connect(&client, &SocketAddrUnix::new(socket)?)
+    };
+    matches!(connect(), Ok(()) | Err(rustix::io::Errno::AGAIN))
+}
+
+/// Binds the socket for root alone. One that nobody serves is of a server that died; the lock keeps
+/// two from finding that at once, and the later from removing what the earlier has made.
 fn bind(socket: &Path) -> Result<UnixListener, Error> {
     let fail = || Error::file::<io::Error>("listen on", socket);
-    for _ in 0..100 {
-        if let Some(parent) = socket.parent() {
-            fs::create_dir_all(parent).map_err(fail())?;
+    let end = Instant::now() + scaled(BIND_LIMIT);
+    while Instant::now() < end {
+        let parent = socket.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(parent).map_err(fail())?;
+        let Ok(lock) = File::open(parent) else {
+            continue; // The last other pod's server has just removed the directory.
+        };
+        if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            std::thread::sleep(Duration::from_millis(2));
+            continue;
         }
         if fs::symlink_metadata(socket).is_ok_and(|data| data.file_type().is_socket())
-            && UnixStream::connect(socket).is_err()
+            && !is_served(socket)
         {
             let _ = fs::remove_file(socket);
         }
@@ -114,12 +150,12 @@ fn bind(socket: &Path) -> Result<UnixListener, Error> {
                 fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).map_err(fail())?;
                 return Ok(listener);
             }
-            // The last other pod's server has just removed the directory.
+            // As above, after it was opened.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(fail()(error)),
         }
     }
-    Err(fail()(io::ErrorKind::NotFound.into()))
+    Err(fail()(io::ErrorKind::TimedOut.into()))
 }
 
 fn spawn(arguments: &Arguments, bundle: &Path, pod: &str, listener: OwnedFd) -> Result<(), Error> {

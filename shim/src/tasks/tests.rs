@@ -44,6 +44,8 @@ struct Manners {
     start_fails: bool,
     /// Output goes on for so long after the end.
     drain_ms: u64,
+    /// Nobody hears of the ends of execs that go with their container.
+    hides_execs: bool,
 }
 
 #[derive(Default)]
@@ -112,6 +114,9 @@ impl FakePod {
                 .collect()
         };
         for ((container, exec), stream) in ended {
+            // Execs' output lasts longer than that of their container.
+            let is_exec = !exec.is_empty();
+            let drain = self.manners.drain_ms * if is_exec { 3 } else { 1 };
             let exit = GuestExit {
                 pid: 7,
                 status,
@@ -122,10 +127,11 @@ impl FakePod {
                 exec,
                 exit,
             };
-            let _ = self.events.send(event).await;
-            let drain = Duration::from_millis(self.manners.drain_ms);
+            if !(self.manners.hides_execs && name.1.is_empty() && is_exec) {
+                let _ = self.events.send(event).await;
+            }
             tokio::spawn(async move {
-                sleep(drain).await;
+                sleep(Duration::from_millis(drain)).await;
                 drop(stream);
             });
         }
@@ -409,6 +415,31 @@ async fn execs_end_before_their_container() {
 }
 
 #[tokio::test(flavor = "current_thread", start_paused = true)]
+async fn execs_whose_end_the_guest_hides_end_with_their_container() {
+    let mut bench = Bench::new(Manners {
+        hides_execs: true,
+        ..Default::default()
+    });
+    bench.tasks.create(bench.creation("c")).await.unwrap();
+    bench.tasks.start("c", "").await.unwrap();
+    bench.exec("c", "e").await.unwrap();
+    bench.exec("c", "never-started").await.unwrap();
+    bench.tasks.start("c", "e").await.unwrap();
+    bench.pod().end(&name_of("c", ""), 0).await;
+    bench.tasks.wait("c", "").await.unwrap();
+    bench.topics();
+    let waiting = tokio::spawn({
+        let tasks = bench.tasks.clone();
+        async move { tasks.wait("c", "e").await }
+    });
+    tokio::task::yield_now().await;
+    bench.tasks.delete("c", "").await.unwrap();
+    assert_eq!(bench.topics(), [topic::EXIT, topic::DELETE]);
+    assert_eq!(waiting.await.unwrap().unwrap().status, KILLED);
+    assert!(bench.tasks.is_empty());
+}
+
+#[tokio::test(flavor = "current_thread", start_paused = true)]
 async fn the_machines_end_is_everybodys() {
     let mut bench = Bench::new(Manners::default());
     for id in ["a", "b", "never-started"] {
@@ -519,6 +550,18 @@ fn deed() -> impl Strategy<Value = Deed> {
     ]
 }
 
+/// What a story often begins with; chance alone would seldom get so far.
+fn opening() -> Vec<Deed> {
+    vec![
+        Deed::Create(0),
+        Deed::Start(0, None),
+        Deed::Exec(0, 0),
+        Deed::Start(0, Some(0)),
+        Deed::Create(1),
+        Deed::Start(1, None),
+    ]
+}
+
 fn manners() -> impl Strategy<Value = Manners> {
     let few = 0..20u64;
     (
@@ -537,6 +580,7 @@ fn manners() -> impl Strategy<Value = Manners> {
                 ends_at_once,
                 start_fails,
                 drain_ms,
+                hides_execs: false,
             },
         )
 }
@@ -706,8 +750,10 @@ proptest! {
     #[test]
     fn containerd_hears_a_story_that_makes_sense(
         manners in manners(),
+        first in proptest::sample::subsequence(opening(), 0..=6),
         deeds in proptest::collection::vec((0..40u64, deed()), 1..40),
     ) {
+        let first = first.into_iter().map(|deed| (50, deed));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .start_paused(true)
@@ -717,7 +763,7 @@ proptest! {
             let bench = Arc::new(Bench::new(manners));
             let mut at = tokio::task::JoinSet::new();
             let mut time = 0;
-            for (pause, deed) in deeds {
+            for (pause, deed) in first.chain(deeds) {
                 time += pause;
                 let bench = bench.clone();
                 at.spawn(async move {
