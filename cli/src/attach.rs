@@ -96,6 +96,26 @@ const PASSED: [i32; 6] = [
 /// SIGKILL, when nobody reads the output any more.
 const KILL: u32 = 9;
 
+/// Signals that are kept from ending this process, for the container to get them.
+pub struct Signals(signal_hook::iterator::Signals);
+
+impl Signals {
+    /// From here on signals wait. Called before anything is made, so that none finds a half-made
+    /// container.
+    ///
+    /// # Errors
+    /// No descriptor left.
+    pub fn hold(tty: bool) -> Result<Self, Error> {
+        let mut wanted = PASSED.to_vec();
+        if tty {
+            wanted.push(signal_hook::consts::SIGWINCH);
+        }
+        signal_hook::iterator::Signals::new(wanted)
+            .map(Self)
+            .map_err(Error::io("watch for signals"))
+    }
+}
+
 impl Client {
     /// Waits until the container runs, or says why it does not.
     ///
@@ -124,24 +144,17 @@ impl Client {
         serde_json::from_slice(&line).map_err(|_| died())
     }
 
-    /// Passes signals and, with a terminal, its size on. Called before the start, so that none
-    /// is lost.
+    /// Passes signals and, with a terminal, its size on.
     ///
     /// # Errors
     /// No thread.
-    pub fn pass_signals(&self, tty: bool) -> Result<(), Error> {
-        let mut wanted = PASSED.to_vec();
-        if tty {
-            wanted.push(signal_hook::consts::SIGWINCH);
-        }
-        let mut signals =
-            signal_hook::iterator::Signals::new(wanted).map_err(Error::io("watch for signals"))?;
+    pub fn pass(&self, mut signals: Signals) -> Result<(), Error> {
         let control = self
             .control
             .try_clone()
             .map_err(Error::io("copy a socket"))?;
         spawn("signals", move || {
-            for signal in &mut signals {
+            for signal in &mut signals.0 {
                 let wish = match (signal, terminal::size()) {
                     (signal_hook::consts::SIGWINCH, Some((rows, columns))) => {
                         Wish::Size(rows, columns)

@@ -434,6 +434,20 @@ impl Containers {
         Ok(container)
     }
 
+    /// Removes containers that a `run` that was killed has half made. The caller holds the lock
+    /// under which they are made.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn sweep(&self) -> Result<(), Error> {
+        for id in self.ids()? {
+            if !self.directory(&id).join("container.json").exists() {
+                self.remove(&id)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes all of a container that does not run.
     ///
     /// # Errors

@@ -2,7 +2,10 @@
 
 use std::{
     fs,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::{net::UnixStream, process::CommandExt},
+    },
     path::Path,
     process::{Command, Stdio},
 };
@@ -12,7 +15,7 @@ use clap::ArgMatches;
 
 use crate::{
     arguments::{one, rest, values},
-    attach::Client,
+    attach::{Client, Signals},
     container::{Container, Containers, Request},
     error::Error,
     options, spec, terminal,
@@ -78,20 +81,29 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     );
     container.request = request;
     container.auto_remove = matches.get_flag("rm");
+    let signals = Signals::hold(tty)?;
     create(&containers, &mut container, one(matches, "name"), &config)?;
 
     let client = start_monitor(&containers, &container.id).inspect_err(|_| {
         let _ = containers.remove(&container.id);
     })?;
-    if !detach {
-        client.pass_signals(tty)?;
-    }
-    client.wait_for_start()?;
+    client.pass(signals)?;
+    client
+        .wait_for_start()
+        .inspect_err(|_| clean_up(&containers, &container))?;
     if detach {
         println!("{}", container.id);
         return Ok(0);
     }
     client.attach(interactive, tty && interactive)
+}
+
+/// A monitor that failed has cleaned up itself; one that was killed has not.
+fn clean_up(containers: &Containers, container: &Container) {
+    let left = containers.find(&container.id);
+    if left.is_ok_and(|left| container.auto_remove && !left.is_monitored()) {
+        let _ = containers.remove(&container.id);
+    }
 }
 
 fn extra(matches: &ArgMatches) -> Result<spec::Extra, Error> {
@@ -255,6 +267,7 @@ fn create(
     config: &serde_json::Value,
 ) -> Result<(), Error> {
     let _lock = containers.lock()?;
+    containers.sweep()?;
     let others = containers.all()?;
     container.name = match name {
         Some(name) => {
@@ -354,6 +367,8 @@ fn start_monitor(containers: &Containers, id: &str) -> Result<Client, Error> {
         .stdin(Stdio::from(OwnedFd::from(monitors_control)))
         .stdout(Stdio::from(OwnedFd::from(monitors_stream)))
         .stderr(log)
+        // Signals of the caller's terminal are for the caller, who passes them on.
+        .process_group(0)
         .spawn()
         .map_err(Error::file("run", program))?;
     Ok(Client { control, stream })
