@@ -147,13 +147,9 @@ impl Server {
             Request::Pause => self.machine()?.pause()?,
             Request::Resume => self.machine()?.resume()?,
             Request::Save { state, memory } => self.machine()?.save(state, memory, fds)?,
+            Request::SetHotplugMemory { mib } => self.machine()?.set_hotplug_memory(mib)?,
             Request::SetBalloon { mib } => self.machine()?.set_balloon(mib)?,
             Request::Stop => {}
-            other => {
-                return Err(MachineError::Invalid(format!(
-                    "this build cannot do that: {other:?}"
-                )));
-            }
         }
         Ok(Response::Done)
     }

@@ -1,6 +1,9 @@
 //! What vCPU exits reach: the virtio-mmio slots and a few I/O ports.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    ops::Range,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use caisson_vmm_api::ExitReason;
 
@@ -37,6 +40,7 @@ pub struct Bus {
     slots: Vec<Mutex<Option<Transport>>>,
     serial: Mutex<EarlySerial>,
     tail: Tail,
+    read_only: Vec<Range<u64>>,
 }
 
 /// Guest-physical address of a slot.
@@ -62,13 +66,21 @@ pub fn slots_cmdline() -> String {
 }
 
 impl Bus {
-    /// Empty slots, and a serial port that prints to `tail`.
-    pub fn new(tail: Tail) -> Self {
+    /// Empty slots, and a serial port that prints to `tail`. `read_only` are the ranges of guest
+    /// memory that cannot be written.
+    pub fn new(tail: Tail, read_only: Vec<Range<u64>>) -> Self {
         Self {
             slots: (0..SLOT_COUNT).map(|_| Mutex::new(None)).collect(),
             serial: Mutex::new(EarlySerial::new(tail.clone())),
             tail,
+            read_only,
         }
+    }
+
+    /// Whether `address` lies in memory that the guest can only read: a write there comes to the
+    /// bus.
+    pub fn is_read_only_memory(&self, address: u64) -> bool {
+        self.read_only.iter().any(|range| range.contains(&address))
     }
 
     /// The slot of that number, below [`SLOT_COUNT`].
@@ -158,7 +170,7 @@ mod tests {
 
     #[test]
     fn empty_slots_are_placeholders_and_the_rest_is_nothing() {
-        let bus = Bus::new(Tail::default());
+        let bus = Bus::new(Tail::default(), vec![0x1000..0x2000, 0..0]);
         for slot in 0..SLOT_COUNT {
             let base = slot_address(slot);
             assert_eq!(read(&bus, base), 0x7472_6976);
@@ -170,6 +182,8 @@ mod tests {
         assert_eq!(read(&bus, slot_address(SLOT_COUNT)), u32::MAX);
         assert_eq!(read(&bus, 0x1000), u32::MAX);
         assert_eq!(read(&bus, u64::MAX - 3), u32::MAX);
+        assert!(bus.is_read_only_memory(0x1fff));
+        assert!(!bus.is_read_only_memory(0x2000));
     }
 
     #[test]
@@ -185,7 +199,7 @@ mod tests {
     #[test]
     fn the_keyboard_controller_resets() {
         let tail = Tail::default();
-        let bus = Bus::new(tail.clone());
+        let bus = Bus::new(tail.clone(), Vec::new());
         let mut status = [0xff];
         bus.port_read(0x64, &mut status);
         assert_eq!(status[0] & 2, 0);

@@ -1,6 +1,6 @@
 //! Devices from their configurations.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig, NetConfig};
 
@@ -11,7 +11,10 @@ use crate::{
     console::Console,
     deadline,
     fs::Fs,
+    mem::{Mem, MemHandle},
+    memory::{GuestRegion, MemoryLayout},
     net::Net,
+    pmem::Pmem,
     rng::Rng,
     virtio::{Device, DeviceError},
     vsock::Vsock,
@@ -26,6 +29,7 @@ const VSOCK_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(super) struct Controls {
     pub(super) balloon: Option<BalloonHandle>,
+    pub(super) mem: Option<MemHandle>,
 }
 
 /// Tells the parent that a device's back end failed.
@@ -97,12 +101,15 @@ impl Machine {
                 let device = Fs::new(tag, socket, *queues, &self.memory, deadline, report);
                 Box::new(device.map_err(MachineError::device("fs"))?)
             }
+            DeviceConfig::Mem => Box::new(self.build_mem()?),
+            DeviceConfig::Pmem { .. } => Box::new(self.pmem.pop_front().ok_or_else(|| {
+                MachineError::Invalid(
+                    "persistent memory can only be given at boot: guest memory does not change \
+                     later; attach the file as a block device"
+                        .into(),
+                )
+            })?),
             DeviceConfig::Net(config) => Box::new(self.build_net(config, fds, slot)?),
-            other => {
-                return Err(MachineError::Invalid(format!(
-                    "this build has no such device: {other:?}"
-                )));
-            }
         })
     }
 
@@ -148,6 +155,22 @@ impl Machine {
         .map_err(MachineError::device("net"))
     }
 
+    fn build_mem(&mut self) -> Result<Mem, MachineError> {
+        let (start, bytes) = self.layout.hotplug.ok_or_else(|| {
+            MachineError::Invalid(
+                "virtio-mem needs `memory.hotplug_mib` in the boot configuration".into(),
+            )
+        })?;
+        if self.controls.mem.is_some() {
+            return Err(MachineError::Invalid(
+                "a microVM has one virtio-mem device at most".into(),
+            ));
+        }
+        let mem = Mem::new(start, bytes).map_err(MachineError::device("mem"))?;
+        self.controls.mem = Some(mem.handle());
+        Ok(mem)
+    }
+
     fn build_balloon(&mut self) -> Result<Balloon, MachineError> {
         if self.controls.balloon.is_some() {
             return Err(MachineError::Invalid(
@@ -174,4 +197,24 @@ impl Machine {
             name,
         }
     }
+}
+
+/// Maps the files of all persistent memory in `configs`: regions for guest memory, and devices.
+pub(super) fn map_pmem(
+    configs: &[DeviceConfig],
+    layout: &mut MemoryLayout,
+    fds: &mut Fds,
+) -> Result<(Vec<GuestRegion>, VecDeque<Pmem>), MachineError> {
+    let mut regions = Vec::new();
+    let mut devices = VecDeque::new();
+    for config in configs {
+        if let DeviceConfig::Pmem { file, read_only } = config {
+            let file = fds.take(*file, "persistent memory")?;
+            let (region, device) = Pmem::map(file, *read_only, |bytes| layout.allocate_pmem(bytes))
+                .map_err(MachineError::device("pmem"))?;
+            regions.push(region);
+            devices.push_back(device);
+        }
+    }
+    Ok((regions, devices))
 }

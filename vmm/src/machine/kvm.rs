@@ -39,8 +39,12 @@ pub(super) fn open(fd: OwnedFd) -> Result<Kvm, MachineError> {
     }
 }
 
-/// Maps RAM and hotpluggable RAM.
-pub(super) fn map_memory(layout: &MemoryLayout, shared: bool) -> Result<GuestMemory, MachineError> {
+/// Maps RAM and hotpluggable RAM, and adds `pmem`.
+pub(super) fn map_memory(
+    layout: &MemoryLayout,
+    shared: bool,
+    pmem: Vec<GuestRegion>,
+) -> Result<GuestMemory, MachineError> {
     let map = if shared {
         memory::shared
     } else {
@@ -50,6 +54,7 @@ pub(super) fn map_memory(layout: &MemoryLayout, shared: bool) -> Result<GuestMem
     for (start, bytes) in layout.ram.iter().chain(&layout.hotplug) {
         regions.push(map(*start, *bytes)?);
     }
+    regions.extend(pmem);
     collect(regions)
 }
 

@@ -10,7 +10,9 @@ mod saving;
 mod stages;
 
 use std::{
+    collections::VecDeque,
     fs::File,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -21,6 +23,7 @@ use caisson_vmm_api::{
     BootConfig, Description, DeviceConfig, MemoryConfig, RunState, SlotDescription, VcpuConfig,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 pub use bus::{Bus, PortWrite, SLOT_COUNT};
 pub use error::MachineError;
@@ -28,13 +31,15 @@ pub use fds::Fds;
 pub use notice::{Notice, Notices};
 pub use stages::Stages;
 
-use devices::Controls;
+use devices::{Controls, map_pmem};
 
 use crate::{
     arch,
     balloon::BalloonHandle,
     console::Tail,
+    mem::MemHandle,
     memory::{GuestMemory, MemoryLayout},
+    pmem::Pmem,
     vcpu::{RunningVcpu, Vcpu},
     virtio::{Device, QUEUE_NOTIFY, Transport, TransportState},
 };
@@ -60,6 +65,8 @@ pub struct Machine {
     notices: Arc<Notices>,
     tail: Tail,
     controls: Controls,
+    /// Mapped with guest memory, until the slots are filled.
+    pmem: VecDeque<Pmem>,
     processors: Processors,
     exits: Vec<Arc<AtomicU64>>,
 }
@@ -78,8 +85,9 @@ impl Machine {
         check_vcpus(&config.vcpus)?;
         let kvm = kvm::open(fds.take(config.kvm, "kvm")?)?;
         let kernel = File::from(fds.take(config.kernel, "kernel")?);
-        let layout = MemoryLayout::new(&config.memory)?;
-        let memory = kvm::map_memory(&layout, config.memory.shared)?;
+        let mut layout = MemoryLayout::new(&config.memory)?;
+        let (regions, pmem) = map_pmem(&config.devices, &mut layout, &mut fds)?;
+        let memory = kvm::map_memory(&layout, config.memory.shared, regions)?;
         stages.reached("memory mapped");
         let cmdline = complete_cmdline(&config);
         let entry = arch::load_kernel(&memory, &layout, &kernel, &cmdline)?;
@@ -103,6 +111,7 @@ impl Machine {
             vcpus,
             notices,
         );
+        machine.pmem = pmem;
         let slots = machine.fill_slots(&config.devices, &mut fds)?;
         stages.reached("devices built");
         machine.resume()?;
@@ -122,13 +131,14 @@ impl Machine {
             kvm,
             vm,
             layout,
-            memory,
             vcpu_config,
             memory_config,
-            bus: Arc::new(Bus::new(tail.clone())),
+            bus: Arc::new(Bus::new(tail.clone(), read_only_memory(&memory))),
+            memory,
             notices,
             tail,
             controls: Controls::default(),
+            pmem: VecDeque::new(),
             exits: vcpus.iter().map(|vcpu| vcpu.exits.clone()).collect(),
             processors: Processors::Paused(vcpus),
         }
@@ -223,6 +233,18 @@ impl Machine {
             .map_err(MachineError::device("balloon"))
     }
 
+    /// Asks the guest to have `mib` MiB of hotpluggable memory plugged.
+    ///
+    /// # Errors
+    /// [`MachineError::State`] without a virtio-mem device, [`MachineError::Device`] when the
+    /// size is not possible.
+    pub fn set_hotplug_memory(&self, mib: u32) -> Result<(), MachineError> {
+        let mem = self.controls.mem.as_ref();
+        mem.ok_or_else(|| MachineError::State("the microVM has no virtio-mem device".into()))?
+            .set_mib(mib)
+            .map_err(MachineError::device("mem"))
+    }
+
     /// The last words of the guest.
     pub fn console_tail(&self) -> String {
         self.tail.text()
@@ -255,7 +277,7 @@ impl Machine {
                 .balloon
                 .as_ref()
                 .map_or(0, BalloonHandle::actual_mib),
-            hotplugged_mib: 0,
+            hotplugged_mib: self.controls.mem.as_ref().map_or(0, MemHandle::plugged_mib),
             vm_exits: exits.map(|exits| exits.load(Ordering::Relaxed)).sum(),
             stages,
         }
@@ -345,6 +367,15 @@ impl Machine {
             }
         }
     }
+}
+
+/// What KVM lets the guest only read.
+fn read_only_memory(memory: &GuestMemory) -> Vec<Range<u64>> {
+    memory
+        .iter()
+        .filter(|region| region.prot() & libc::PROT_WRITE == 0)
+        .map(|region| region.start_addr().0..region.start_addr().0 + region.len())
+        .collect()
 }
 
 fn check_vcpus(config: &VcpuConfig) -> Result<(), MachineError> {

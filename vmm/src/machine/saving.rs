@@ -6,7 +6,7 @@ use caisson_vmm_api::{DeviceConfig, Fd, RestoreConfig};
 use kvm_ioctls::Kvm;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Fds, Machine, MachineError, Notices, Processors, Stages, kvm};
+use super::{Fds, Machine, MachineError, Notices, Processors, Stages, kvm, map_pmem};
 use crate::{
     memory::{self, GuestMemory, GuestRegion, MemoryLayout},
     snapshot::{self, SavedDevice, SavedMachine},
@@ -64,8 +64,9 @@ impl Machine {
             )));
         }
         stages.reached("state read");
-        let layout = MemoryLayout::new(&saved.memory_config)?;
-        let memory = restore_memory(&layout, &saved, config.memory, &mut fds)?;
+        let mut layout = MemoryLayout::new(&saved.memory_config)?;
+        let (regions, pmem) = map_pmem(&config.devices, &mut layout, &mut fds)?;
+        let memory = restore_memory(&layout, &saved, config.memory, regions, &mut fds)?;
         stages.reached("memory mapped");
         let vm = kvm::create_vm(&kvm, &memory)?;
         let vcpus = kvm::create_vcpus(&kvm, &vm, saved.vcpu_config.max)?;
@@ -82,6 +83,7 @@ impl Machine {
             notices,
         );
         machine.tail.push(saved.console_tail.as_bytes());
+        machine.pmem = pmem;
         let slots = machine.restore_devices(&config.devices, &saved.devices, &mut fds)?;
         stages.reached("devices built");
         Ok((machine, slots))
@@ -133,11 +135,12 @@ fn restore_memory(
     layout: &MemoryLayout,
     saved: &SavedMachine,
     file: Fd,
+    pmem: Vec<GuestRegion>,
     fds: &mut Fds,
 ) -> Result<GuestMemory, MachineError> {
     let file = fds.take(file, "memory file")?;
     let ranges: Vec<_> = layout.ram.iter().chain(&layout.hotplug).copied().collect();
-    let regions: Vec<GuestRegion> = if saved.memory_config.shared {
+    let mut regions: Vec<GuestRegion> = if saved.memory_config.shared {
         let regions = ranges
             .iter()
             .map(|(start, bytes)| memory::shared(*start, *bytes))
@@ -147,6 +150,7 @@ fn restore_memory(
     } else {
         snapshot::map_memory(&ranges, &file)?
     };
+    regions.extend(pmem);
     kvm::collect(regions)
 }
 

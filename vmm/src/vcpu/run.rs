@@ -47,6 +47,11 @@ impl Vcpu {
     fn step(&mut self, bus: &Bus) -> Next {
         match self.fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, _)) if bus.is_read_only_memory(address) => {
+                return Next::Failed(format!(
+                    "the guest wrote to read-only persistent memory at {address:#x}"
+                ));
+            }
             Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
             Ok(VcpuExit::IoOut(port, data)) => {
