@@ -15,6 +15,8 @@
 //! allocator's and futex.
 
 mod orphan;
+#[cfg(test)]
+mod tests;
 
 mod vhost_user;
 
