@@ -81,12 +81,16 @@ pub(super) fn create_vm(kvm: &Kvm, memory: &GuestMemory) -> Result<VmFd, Machine
     }
     vm.create_irq_chip()
         .map_err(MachineError::kvm("KVM_CREATE_IRQCHIP"))?;
-    let pit = kvm_pit_config {
-        flags: KVM_PIT_SPEAKER_DUMMY,
-        ..Default::default()
-    };
-    vm.create_pit2(pit)
-        .map_err(MachineError::kvm("KVM_CREATE_PIT2"))?;
+    // Linux takes its ticks from the TSC deadline timer where it can, and never touches the PIT
+    // then, which would cost a kernel thread.
+    if !kvm.check_extension(Cap::TscDeadlineTimer) {
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.create_pit2(pit)
+            .map_err(MachineError::kvm("KVM_CREATE_PIT2"))?;
+    }
     Ok(vm)
 }
 

@@ -111,7 +111,7 @@ pub struct SavedVcpu {
 pub struct SavedVm {
     pub(super) clock: kvm_clock_data,
     pub(super) irqchips: Vec<kvm_irqchip>,
-    pub(super) pit: kvm_pit_state2,
+    pub(super) pit: Option<kvm_pit_state2>,
 }
 
 impl SavedMachine {
