@@ -1,5 +1,11 @@
 //! Guests of a few instructions on the real `/dev/kvm`, driven through the control API.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "the whole file is a test program"
+)]
+
 use std::{
     fs::{File, OpenOptions},
     io::Write,

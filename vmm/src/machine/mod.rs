@@ -170,6 +170,12 @@ impl Machine {
                 )),
             });
         };
+        drop(content);
+        match transport.name() {
+            "balloon" => self.controls.balloon = None,
+            "mem" => self.controls.mem = None,
+            _ => {}
+        }
         self.unwire(slot, &transport)
     }
 

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use caisson_vmm_api::{DeviceConfig, Fd, RestoreConfig};
 use kvm_ioctls::Kvm;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Fds, Machine, MachineError, Notices, Processors, Stages, kvm, map_pmem};
 use crate::{
+    mem::MemHandle,
     memory::{self, GuestMemory, GuestRegion, MemoryLayout},
     snapshot::{self, SavedDevice, SavedMachine},
 };
@@ -121,11 +121,20 @@ impl Machine {
         Ok(saved.iter().map(|device| device.slot).collect())
     }
 
-    /// For each region of RAM, where it can hold data.
+    /// For each region of RAM, where it can hold data: hotpluggable memory does only after some of
+    /// it was plugged, and looking at all of it takes long.
     fn used_memory(&self) -> Vec<Vec<(u64, u64)>> {
-        let count = self.layout.ram.len() + usize::from(self.layout.hotplug.is_some());
-        let regions = self.memory.iter().take(count);
-        regions.map(|region| vec![(0, region.len())]).collect()
+        let whole = |&(_, bytes): &(u64, u64)| vec![(0, bytes)];
+        let mut used: Vec<_> = self.layout.ram.iter().map(whole).collect();
+        if let Some(region) = &self.layout.hotplug {
+            let plugged = self.controls.mem.as_ref().map_or(0, MemHandle::plugged_mib);
+            used.push(if plugged > 0 {
+                whole(region)
+            } else {
+                Vec::new()
+            });
+        }
+        used
     }
 }
 
