@@ -16,6 +16,7 @@ pub mod console;
 pub mod deadline;
 pub mod fs;
 pub mod jail;
+pub mod logging;
 pub mod machine;
 pub mod mem;
 pub mod memory;

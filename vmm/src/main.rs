@@ -8,7 +8,7 @@ use std::{
 
 use caisson_vmm::{
     api::{Server, exit_status},
-    jail,
+    jail, logging,
     machine::Stages,
     seccomp::{self, Mode},
 };
@@ -51,13 +51,14 @@ fn main() -> ExitCode {
 }
 
 fn serve(arguments: &Arguments, stages: Stages) -> Result<i32, String> {
+    logging::install().map_err(|error| error.to_string())?;
     let channel = api_channel(arguments.api_fd)?;
     let config = jail::Config {
         api_fd: arguments.api_fd,
         identity: arguments.identity,
     };
     for warning in jail::enter(&config).map_err(|error| error.to_string())? {
-        eprintln!("caisson-vmm: warning: {warning}");
+        log::warn!("{warning}");
     }
     seccomp::start(arguments.seccomp).map_err(|error| error.to_string())?;
     let server = Server::new(channel, stages).map_err(|error| format!("eventfd: {error}"))?;

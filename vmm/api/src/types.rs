@@ -388,3 +388,143 @@ pub enum ExitReason {
         message: String,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn comes_back<T>(value: &T)
+    where
+        T: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug,
+    {
+        let text = serde_json::to_string(value).unwrap();
+        let back: T = serde_json::from_str(&text).unwrap();
+        assert_eq!(&back, value, "{text}");
+    }
+
+    fn devices() -> Vec<DeviceConfig> {
+        let limit = RateLimit {
+            bytes_per_second: 1 << 40,
+            ..Default::default()
+        };
+        vec![
+            DeviceConfig::Block(BlockConfig {
+                serial: "layers".into(),
+                contents: BlockContents::Partitions(vec![Fd(3), Fd(4)]),
+                read_only: true,
+                rate_limit: None,
+            }),
+            DeviceConfig::Block(BlockConfig {
+                serial: "scratch".into(),
+                contents: BlockContents::File(Fd(5)),
+                read_only: false,
+                rate_limit: Some(limit),
+            }),
+            DeviceConfig::Pmem {
+                file: Fd(6),
+                read_only: true,
+            },
+            DeviceConfig::Vsock {
+                cid: 3,
+                listener: Fd(7),
+                acceptor: Some(Fd(8)),
+            },
+            DeviceConfig::Console { output: None },
+            DeviceConfig::Rng,
+            DeviceConfig::Balloon,
+            DeviceConfig::Mem,
+            DeviceConfig::Net(NetConfig {
+                taps: vec![Fd(9)],
+                mac: [2, 0, 0, 0, 0, 1],
+                mtu: 1500,
+                rx_rate_limit: Some(limit),
+                tx_rate_limit: None,
+            }),
+            DeviceConfig::Fs {
+                tag: "volumes".into(),
+                socket: Fd(10),
+                queues: 1,
+            },
+        ]
+    }
+
+    #[test]
+    fn requests_come_back() {
+        let boot = BootConfig {
+            kvm: Fd(0),
+            kernel: Fd(1),
+            cmdline: "quiet \"x\"".into(),
+            vcpus: VcpuConfig { boot: 1, max: 4 },
+            memory: MemoryConfig {
+                boot_mib: 128,
+                hotplug_mib: 1024,
+                shared: true,
+            },
+            devices: devices(),
+        };
+        let restore = RestoreConfig {
+            kvm: Fd(0),
+            state: Fd(1),
+            memory: Fd(2),
+            devices: devices(),
+        };
+        for request in [
+            Request::Boot(Box::new(boot)),
+            Request::Restore(Box::new(restore)),
+            Request::Describe,
+            Request::Attach(DeviceConfig::Rng),
+            Request::Detach { slot: 31 },
+            Request::Pause,
+            Request::Resume,
+            Request::Save {
+                state: Fd(0),
+                memory: Fd(1),
+            },
+            Request::SetBalloon { mib: 7 },
+            Request::SetHotplugMemory { mib: 256 },
+            Request::Stop,
+        ] {
+            comes_back(&Call { id: 1, request });
+        }
+    }
+
+    #[test]
+    fn messages_come_back() {
+        let failure = Failure {
+            kind: FailureKind::Exhausted,
+            message: "all slots are filled".into(),
+        };
+        let results = [
+            Ok(Response::Done),
+            Ok(Response::Started { slots: vec![0, 1] }),
+            Err(failure),
+        ];
+        for result in results {
+            comes_back(&Message::Reply { id: 2, result });
+        }
+        for reason in [
+            ExitReason::GuestShutdown,
+            ExitReason::VcpuFailed {
+                message: "rip 0".into(),
+            },
+        ] {
+            comes_back(&Message::Event(Event::Exited {
+                reason,
+                console_tail: "\u{fffd}".into(),
+            }));
+        }
+    }
+
+    #[test]
+    fn unknown_members_are_refused() {
+        for text in [
+            r#"{"attach":{"type":"console","output":null,"speed":1}}"#,
+            r#"{"attach":{"type":"floppy"}}"#,
+            r#"{"detach":{"slot":1,"force":true}}"#,
+            r#"{"reboot":null}"#,
+        ] {
+            let parsed = serde_json::from_str::<Request>(text);
+            assert!(parsed.is_err(), "{text}: {parsed:?}");
+        }
+    }
+}
