@@ -8,7 +8,7 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
@@ -179,14 +179,25 @@ pub fn start_caisson(vmm: &Path, guest: &Guest) -> Result<Machine, BenchError> {
     let console = File::create(scratch.path().join("console"))
         .map_err(BenchError::io("cannot create the console file"))?;
     let (ours, theirs) = Channel::pair()?;
+    let theirs = OwnedFd::from(theirs);
+    // One child at a time is started here, so no other inherits it.
+    rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty())
+        .map_err(|error| BenchError::io("cannot pass a socket on")(error.into()))?;
     let mut command = Command::new(vmm);
     command
-        .args(["--api-fd", "0"])
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .args(["--api-fd", &theirs.as_raw_fd().to_string()])
+        .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(stderr);
     let process = Running::spawn("caisson-vmm", &mut command)?;
+    drop(theirs);
     let files = [
+        File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .map(OwnedFd::from)
+            .map_err(BenchError::io("cannot open /dev/kvm"))?,
         open(&guest.kernel)?,
         open(&guest.image)?,
         OwnedFd::from(listener),
@@ -196,7 +207,8 @@ pub fn start_caisson(vmm: &Path, guest: &Guest) -> Result<Machine, BenchError> {
     let boot = Call {
         id: 1,
         request: Request::Boot(Box::new(BootConfig {
-            kernel: Fd(0),
+            kvm: Fd(0),
+            kernel: Fd(1),
             cmdline: guest.cmdline.clone(),
             vcpus: VcpuConfig { boot: 1, max: 1 },
             memory: MemoryConfig {
@@ -207,17 +219,17 @@ pub fn start_caisson(vmm: &Path, guest: &Guest) -> Result<Machine, BenchError> {
             devices: vec![
                 DeviceConfig::Block(BlockConfig {
                     serial: "root".into(),
-                    contents: BlockContents::File(Fd(1)),
+                    contents: BlockContents::File(Fd(2)),
                     read_only: true,
                     rate_limit: None,
                 }),
                 DeviceConfig::Vsock {
                     cid: 3,
-                    listener: Fd(2),
+                    listener: Fd(3),
                     acceptor: None,
                 },
                 DeviceConfig::Console {
-                    output: Some(Fd(3)),
+                    output: Some(Fd(4)),
                 },
                 DeviceConfig::Rng,
                 DeviceConfig::Balloon,
