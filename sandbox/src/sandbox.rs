@@ -6,7 +6,7 @@ use std::{
     os::{fd::AsFd, unix::net::UnixListener},
     path::{Path, PathBuf},
     sync::{Arc, Mutex as StdMutex, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use caisson_fs::Share;
@@ -1034,6 +1034,7 @@ async fn boot(
     let vsock = record.directory().join("vsock.sock");
     let listener =
         UnixListener::bind(&vsock).map_err(Error::io(format!("listen on {}", vsock.display())))?;
+    let begin = Instant::now();
     let vmm = Arc::new(Vmm::spawn(&config.vmm, uid)?);
     if let Some(resource) = process(vmm.pid()) {
         record.add(resource)?;
@@ -1047,11 +1048,45 @@ async fn boot(
             );
         }
     }
+    let spawned = begin.elapsed();
     let (request, fds) = boot_request(config, size, assets, &listener);
     vmm.call("boot", request, &fds).await?;
+    let booting = begin.elapsed();
     let (agent, hello) = Agent::connect(&vsock, vmm.clone()).await?;
+    let answered = begin.elapsed();
     configure(&agent, spec).await?;
+    log_stages(&vmm, &hello, [spawned, booting, answered, begin.elapsed()]).await;
     Ok((vmm, agent, hello, vsock))
+}
+
+/// Where the time of a boot went, for whoever reads the log.
+async fn log_stages(vmm: &Vmm, hello: &HelloResponse, host: [Duration; 4]) {
+    let mut line = String::from("booted; ms since the VMM's start:");
+    for (name, at) in ["spawned", "vCPUs run", "agent answers", "configured"]
+        .iter()
+        .zip(host)
+    {
+        line.push_str(&format!(" {name} {:.1},", at.as_secs_f64() * 1e3));
+    }
+    if let Ok(Response::Description(description)) =
+        vmm.call("describe itself", Request::Describe, &[]).await
+    {
+        line.push_str(" in the VMM:");
+        for (name, at) in &description.stages {
+            line.push_str(&format!(" {name} {:.1},", *at as f64 / 1e6));
+        }
+    }
+    line.push_str(" in the guest:");
+    for stage in hello.stages.iter().take(16) {
+        let name: String = stage
+            .name
+            .chars()
+            .filter(char::is_ascii_graphic)
+            .take(32)
+            .collect();
+        line.push_str(&format!(" {name} {:.1},", stage.nanoseconds as f64 / 1e6));
+    }
+    log::info!("{}", line.trim_end_matches(','));
 }
 
 fn boot_request<'a>(
