@@ -62,6 +62,8 @@ pub struct Fs {
     queue_sizes: Vec<u16>,
     /// `None` once it is lost.
     backend: Option<Backend>,
+    /// The server still has the session of a driver that has gone.
+    stale: bool,
     report: Report,
 }
 
@@ -109,6 +111,7 @@ impl Fs {
             config: Arc::new(config),
             queue_sizes: vec![QUEUE_SIZE; total.into()],
             backend: Some(backend),
+            stale: false,
             report,
         })
     }
@@ -146,7 +149,12 @@ impl Device for Fs {
             let call =
                 EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DeviceError::io("eventfd"))?;
             let before = used_indexes(active)?;
-            let served = serve(backend, active, &call);
+            let served = if std::mem::take(&mut self.stale) {
+                backend.reset()
+            } else {
+                Ok(())
+            };
+            let served = served.and_then(|()| serve(backend, active, &call));
             // The back end has moved the rings; without it, what it has not answered is open.
             let used = used_indexes(active)?;
             count(active, &before, &used);
@@ -165,12 +173,10 @@ impl Device for Fs {
         orphan::answer(active)
     }
 
+    /// The server hears of it in [`Device::run`]: this is a vCPU's thread, which should not wait
+    /// for another process.
     fn reset(&mut self) {
-        if let Some(backend) = &mut self.backend
-            && let Err(error) = backend.reset()
-        {
-            self.lose(&error);
-        }
+        self.stale = true;
     }
 
     fn save(&self) -> Result<DeviceState, DeviceError> {
