@@ -373,6 +373,21 @@ fn a_server_that_fails_at_the_start_is_lost() {
 }
 
 #[test]
+fn a_reset_is_told_before_the_next_driver_starts() {
+    let (mut driver, told) = start(Manner::Refuse(34));
+    assert_eq!(fuse(&mut driver, LOOKUP, 1), Some((0, 1)));
+    driver.pause().unwrap();
+    driver.device().reset();
+    assert!(told.lock().unwrap().is_empty());
+    driver.resume();
+    assert_eq!(fuse(&mut driver, LOOKUP, 2), Some((-libc::EIO, 2)));
+    assert_eq!(
+        *told.lock().unwrap(),
+        ["the file server refused ResetDevice"]
+    );
+}
+
+#[test]
 fn servers_that_will_not_do_are_refused_in_time() {
     let start = Instant::now();
     for (manner, word) in [
