@@ -170,8 +170,11 @@ fn set_id_programs_are_for_shares_that_allow_them() {
     let client = &mut fixture.client;
     client.chmod(volume, 0o2775).unwrap();
 
-    client.create(root, "a", 0o4755).unwrap();
+    let program = client.create(root, "a", 0o4755).unwrap();
     assert_eq!(mode(fixture.path("root/a")), 0o4755);
+    let client = &mut fixture.client;
+    client.write(program, b"another program").unwrap();
+    assert_eq!(mode(fixture.path("root/a")), 0o755);
     // Device nodes are for no share.
     let client = &mut fixture.client;
     for mode in [libc::S_IFCHR, libc::S_IFBLK] {

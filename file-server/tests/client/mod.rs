@@ -101,7 +101,8 @@ impl Client {
             available: 0,
             user: (0, 0),
         };
-        let mut init = words(&[7, 38, 0x2_0000, 0]);
+        const HANDLE_KILLPRIV_V2: u32 = 1 << 28;
+        let mut init = words(&[7, 38, 0x2_0000, HANDLE_KILLPRIV_V2]);
         init.resize(64, 0);
         let answer = client.request(INIT, 0, &[&init]).unwrap();
         assert_eq!(u32_at(&answer, 0), 7);
@@ -136,9 +137,12 @@ impl Client {
         Ok((u64_at(&answer, 0), u64_at(&answer, 128)))
     }
 
+    /// As a user whose writing takes set-id bits away.
     pub fn write(&mut self, (node, handle): (u64, u64), bytes: &[u8]) -> Answer {
+        const WRITE_KILL_SUIDGID: u32 = 1 << 2;
         let mut head = handle.to_le_bytes().to_vec();
-        head.extend(words(&[0, 0, bytes.len() as u32, 0, 0, 0, 0, 0]));
+        let size = bytes.len() as u32;
+        head.extend(words(&[0, 0, size, WRITE_KILL_SUIDGID, 0, 0, 0, 0]));
         self.request(WRITE, node, &[&head, bytes])
     }
 
