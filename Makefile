@@ -12,6 +12,9 @@ CARGO ?= cargo
 PREFIX ?= /usr/local
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 AGENT_TARGET := x86_64-unknown-linux-gnu
+CACHE := $(or $(CAISSON_CACHE),$(HOME)/.cache/caisson)
+DENY_VERSION := 0.20.2
+DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builder
 
 # What the build and the tests call. The kernel's and the testbed's scripts install their own.
@@ -27,9 +30,13 @@ demo: build
 
 test: lint unit build e2e
 
-lint: setup
+lint: setup $(DENY)
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(DENY) --offline check bans licenses sources
+
+$(DENY): | setup
+	$(CARGO) install cargo-deny --version $(DENY_VERSION) --locked --quiet --root $(CACHE)/cargo-deny-$(DENY_VERSION)
 
 unit: setup
 	$(CARGO) test --workspace --exclude caisson-tests --locked
