@@ -67,7 +67,11 @@ impl Tasks {
     }
 
     fn machine_gone(&self, gone: &Gone) {
-        log::error!("{gone}");
+        if *self.stopping.borrow() {
+            log::debug!("{gone}");
+        } else {
+            log::error!("{gone}");
+        }
         let exit = Exit {
             status: KILLED,
             at: SystemTime::now(),
