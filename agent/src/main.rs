@@ -12,6 +12,7 @@ mod device;
 mod events;
 mod failure;
 mod kmsg;
+mod network;
 mod oci;
 mod readiness;
 mod reaper;

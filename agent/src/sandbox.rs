@@ -8,7 +8,8 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use crate::{
     boot,
     container::{Manager, is_sysctl_name},
-    failure::{During, Failure, Kind, Result},
+    failure::{During, Failure, Result},
+    network,
 };
 
 /// Fewest bytes of entropy that a pod may start with.
@@ -36,7 +37,7 @@ pub fn configure(manager: &Manager, request: &ConfigureSandboxRequest) -> Result
         resize_shm(request.shm_size_bytes)?;
     }
     manager.share_pid_namespace(request.shared_pid_namespace);
-    network(request)
+    network::configure(request)
 }
 
 fn set_clock(realtime_ns: i64) -> Result<()> {
@@ -160,42 +161,6 @@ fn resize_shm(bytes: u64) -> Result<()> {
         | rustix::mount::MountFlags::NOEXEC;
     rustix::mount::mount_remount(boot::SHM_DIR, flags, format!("mode=1777,size={bytes}"))
         .during(|| format!("give {} {bytes} bytes", boot::SHM_DIR))
-}
-
-/// The loopback interface is all there is until the host attaches another.
-fn network(request: &ConfigureSandboxRequest) -> Result<()> {
-    if !(request.interfaces.is_empty()
-        && request.routes.is_empty()
-        && request.neighbours.is_empty())
-    {
-        return Err(Failure::new(
-            Kind::Unimplemented,
-            "network interfaces cannot be configured in this version of the agent",
-        ));
-    }
-    bring_loopback_up()
-}
-
-fn bring_loopback_up() -> Result<()> {
-    let socket = rustix::net::socket(
-        rustix::net::AddressFamily::INET,
-        rustix::net::SocketType::DGRAM,
-        None,
-    )
-    .during(|| "make a socket".to_owned())?;
-    // SAFETY: an all-zero ifreq is valid.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(c"lo".to_bytes_with_nul()) {
-        *to = (*from).cast_signed();
-    }
-    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: the kernel reads one ifreq, which lives through the call.
-    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(std::io::Error::last_os_error()).during(|| "bring the loopback interface up".to_owned())
-    }
 }
 
 /// Brings described processors online until there are `wanted`.

@@ -1,0 +1,259 @@
+use std::process::Command;
+
+use super::*;
+
+fn body(message: &Message) -> Vec<u8> {
+    message.encode(1, 0)[16..].to_vec()
+}
+
+fn values(message: &Message, fixed: usize) -> Vec<(u16, Vec<u8>)> {
+    attributes(&body(message)[fixed..])
+        .map(|(kind, value)| (kind, value.to_vec()))
+        .collect()
+}
+
+#[test]
+fn an_ipv4_address_has_its_broadcast_address() {
+    let message = address_message(RTM_NEWADDR, SET, 3, "10.88.0.5".parse().unwrap(), 16);
+    assert_eq!(body(&message)[..8], [AF_INET, 16, 0, 0, 3, 0, 0, 0]);
+    let address = vec![10, 88, 0, 5];
+    assert_eq!(
+        values(&message, 8),
+        [
+            (IFA_LOCAL, address.clone()),
+            (IFA_ADDRESS, address),
+            (IFA_BROADCAST, vec![10, 88, 255, 255])
+        ]
+    );
+    let message = address_message(RTM_NEWADDR, SET, 3, "10.88.0.5".parse().unwrap(), 31);
+    assert_eq!(values(&message, 8).len(), 2);
+}
+
+#[test]
+fn an_ipv6_address_is_used_at_once() {
+    let message = address_message(RTM_NEWADDR, SET, 3, "fd00::5".parse().unwrap(), 64);
+    assert_eq!(body(&message)[..4], [AF_INET6, 64, IFA_F_NODAD, 0]);
+    assert_eq!(values(&message, 8).len(), 2);
+}
+
+fn route(destination: &str, gateway: &str) -> Route {
+    Route {
+        destination: destination.to_owned(),
+        gateway: gateway.to_owned(),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn a_default_route_has_no_destination() {
+    for destination in ["", "0.0.0.0/0"] {
+        let message = route_message(&route(destination, "10.88.0.1"), 2).unwrap();
+        assert_eq!(body(&message)[..8], [AF_INET, 0, 0, 0, 254, 4, 0, 1]);
+        assert_eq!(
+            values(&message, 12),
+            [
+                (RTA_OIF, vec![2, 0, 0, 0]),
+                (RTA_GATEWAY, vec![10, 88, 0, 1])
+            ]
+        );
+    }
+}
+
+#[test]
+fn routes_carry_scope_metric_source_and_onlink() {
+    let message = route_message(
+        &Route {
+            source: "10.1.0.9".to_owned(),
+            metric: 7,
+            flags: RTNH_F_ONLINK,
+            ..route("10.1.2.3/16", "169.254.1.1")
+        },
+        2,
+    )
+    .unwrap();
+    assert_eq!(body(&message)[8..12], 4u32.to_ne_bytes());
+    let values = values(&message, 12);
+    assert!(values.contains(&(RTA_DST, vec![10, 1, 0, 0])), "{values:?}");
+    assert!(values.contains(&(RTA_PREFSRC, vec![10, 1, 0, 9])));
+    assert!(values.contains(&(RTA_PRIORITY, vec![7, 0, 0, 0])));
+    // On the link, because no gateway is needed.
+    let direct = route_message(&route("10.1.0.0/16", ""), 2).unwrap();
+    assert_eq!(body(&direct)[6], RT_SCOPE_LINK);
+    // IPv4 by an IPv6 router.
+    let via = route_message(&route("10.1.0.0/16", "fe80::1"), 2).unwrap();
+    let value = super::tests::values(&via, 12).pop().unwrap();
+    assert_eq!((value.0, value.1.len()), (RTA_VIA, 18));
+}
+
+#[test]
+fn malformed_routes_are_refused() {
+    assert!(route_message(&route("", ""), 2).is_err());
+    assert!(route_message(&route("fd00::/64", "10.0.0.1"), 2).is_err());
+    assert!(route_message(&route("10.0.0.0/33", ""), 2).is_err());
+    assert!(route_message(&route("10.0.0.0/8", "nonsense"), 2).is_err());
+    for (flags, scope) in [(1, 0), (0, 256)] {
+        let route = Route {
+            flags,
+            scope,
+            ..route("10.0.0.0/8", "")
+        };
+        assert!(route_message(&route, 2).is_err());
+    }
+}
+
+#[test]
+fn a_neighbour_stays_for_good_unless_told_otherwise() {
+    let mut neighbour = Neighbour {
+        address: "169.254.1.1".to_owned(),
+        mac: "ee:ee:ee:ee:ee:ee".to_owned(),
+        ..Default::default()
+    };
+    let message = neighbour_message(&neighbour, 5).unwrap();
+    assert_eq!(
+        body(&message)[..12],
+        [AF_INET, 0, 0, 0, 5, 0, 0, 0, 0x80, 0, 0, 0]
+    );
+    assert_eq!(
+        values(&message, 12),
+        [(NDA_DST, vec![169, 254, 1, 1]), (NDA_LLADDR, vec![0xEE; 6])]
+    );
+    neighbour.mac = "ee:ee:ee:ee:ee".to_owned();
+    assert!(neighbour_message(&neighbour, 5).is_err());
+}
+
+#[test]
+fn names_and_addresses_are_checked() {
+    for name in ["", "lo", "..", "a/b", "a b", "sixteen-letters-"] {
+        assert!(check_name(name).is_err(), "{name}");
+    }
+    check_name("eth0").unwrap();
+    for mac in [
+        "",
+        "aa:bb:cc:dd:ee",
+        "aa:bb:cc:dd:ee:fg",
+        "aabb:cc:dd:ee:f:0",
+    ] {
+        assert!(parse_mac(mac).is_err(), "{mac}");
+    }
+    assert_eq!(parse_cidr("fd00::1").unwrap().1, 128);
+    for text in ["10.0.0.1/", "10.0.0.1/33", "/8", "x/8", "10.0.0.1/-1"] {
+        assert!(parse_cidr(text).is_err(), "{text}");
+    }
+    assert_eq!(
+        network_of("10.1.2.3".parse().unwrap(), 0),
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+    );
+}
+
+/// Runs `ip` in the calling thread's network namespace.
+fn ip(arguments: &str) -> String {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "ip {arguments}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A whole configuration in a network namespace of the test's own, by the kernel that runs it.
+#[test]
+fn the_kernel_takes_it() {
+    // SAFETY: a network namespace is of the one thread, which shares nothing that hangs on it.
+    let own = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) };
+    if own.is_err() || Command::new("ip").arg("-V").output().is_err() {
+        eprintln!("skipped: needs root and the program ip");
+        return;
+    }
+    // Each has the name that the other is to get.
+    ip(
+        "link add eth0 address 02:00:00:00:00:01 type veth peer name eth1 address 02:00:00:00:00:02",
+    );
+    let interface = |name: &str, mac: &str, addresses: &[&str]| NetworkInterface {
+        name: name.to_owned(),
+        mac: mac.to_owned(),
+        mtu: 1400,
+        addresses: addresses.iter().map(|a| (*a).to_owned()).collect(),
+        ..Default::default()
+    };
+    let on = |device: &str, route: Route| Route {
+        device: device.to_owned(),
+        ..route
+    };
+    let mut request = ConfigureSandboxRequest {
+        interfaces: vec![
+            interface("eth1", "02:00:00:00:00:01", &["10.9.0.2/24", "fd09::2/64"]),
+            interface("eth0", "02:00:00:00:00:02", &["10.8.0.2/32"]),
+        ],
+        // The gateway's own route comes last and is still set first.
+        routes: vec![
+            on("eth0", route("", "10.8.0.1")),
+            on("eth0", route("10.8.0.1/32", "")),
+            on(
+                "eth1",
+                Route {
+                    metric: 50,
+                    source: "fd09::2".to_owned(),
+                    ..route("fd10::/64", "fd09::1")
+                },
+            ),
+            on(
+                "eth1",
+                Route {
+                    flags: RTNH_F_ONLINK,
+                    ..route("10.10.0.0/16", "169.254.1.1")
+                },
+            ),
+        ],
+        neighbours: vec![Neighbour {
+            address: "169.254.1.1".to_owned(),
+            mac: "ee:ee:ee:ee:ee:ee".to_owned(),
+            device: "eth1".to_owned(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    configure(&request).unwrap();
+    configure(&request).expect("it can be asked for twice");
+    assert!(ip("addr show lo").contains("127.0.0.1"));
+    let first = ip("addr show eth1");
+    for part in [
+        "02:00:00:00:00:01",
+        "10.9.0.2/24 brd 10.9.0.255",
+        "fd09::2/64",
+        "mtu 1400",
+    ] {
+        assert!(first.contains(part), "{part}: {first}");
+    }
+    let routes = ip("-4 route");
+    for part in [
+        "default via 10.8.0.1 dev eth0",
+        "10.8.0.1 dev eth0 proto static scope link",
+        "10.10.0.0/16 via 169.254.1.1 dev eth1 proto static onlink",
+    ] {
+        assert!(routes.contains(part), "{part}: {routes}");
+    }
+    let routes = ip("-6 route");
+    assert!(routes.contains("fd10::/64 via fd09::1 dev eth1") && routes.contains("metric 50"));
+    assert!(ip("neigh").contains("169.254.1.1 dev eth1 lladdr ee:ee:ee:ee:ee:ee PERMANENT"));
+
+    // Another pod's addresses replace the first one's.
+    request.interfaces[0].addresses = vec!["10.9.0.3/24".to_owned()];
+    request.routes.clear();
+    configure(&request).unwrap();
+    let first = ip("addr show eth1");
+    assert!(
+        first.contains("10.9.0.3/24") && !first.contains("10.9.0.2/") && !first.contains("fd09")
+    );
+
+    // What the kernel refuses is told in its words.
+    request.routes = vec![on("eth0", route("10.20.0.0/16", "10.99.0.1"))];
+    let message = configure(&request).unwrap_err().message;
+    assert!(
+        message.contains("10.20.0.0/16 via 10.99.0.1") && message.contains("gateway"),
+        "{message}"
+    );
+    request.routes.clear();
+    request.interfaces[0].mac = "02:00:00:00:00:09".to_owned();
+    let message = configure(&request).unwrap_err().message;
+    assert!(message.contains("02:00:00:00:00:09"), "{message}");
+}
