@@ -14,6 +14,7 @@ mod failure;
 mod kmsg;
 mod network;
 mod oci;
+mod oom;
 mod readiness;
 mod reaper;
 mod resources;

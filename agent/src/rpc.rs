@@ -24,7 +24,7 @@ use crate::{
     container::{Created, Manager},
     device,
     failure::{During, Failure, Result},
-    reaper, resources, sandbox,
+    oom, reaper, resources, sandbox,
 };
 
 /// Longest that a poll for events may wait.
@@ -45,13 +45,14 @@ struct Service {
 /// # Errors
 /// A port cannot be listened on.
 pub async fn serve(mut stages: Stages) -> Result<()> {
-    let manager = Arc::new(Manager::new());
+    let manager = Arc::new(Manager::new()?);
     let streams = manager.streams.clone();
     let address = VsockAddr::new(VMADDR_CID_ANY, ports::AGENT);
     let listener =
         VsockListener::bind(address).during(|| format!("listen on vsock port {}", ports::AGENT))?;
     stages.reached("listening");
     let reaper = tokio::spawn(reaper::run(manager.clone()));
+    let oom = tokio::spawn(oom::run(manager.clone()));
     let stdio = tokio::spawn(streams.serve());
     let service = create_agent(Arc::new(Service { manager, stages }));
     let mut server = ttrpc::r#async::Server::new()
@@ -63,6 +64,7 @@ pub async fn serve(mut stages: Stages) -> Result<()> {
         .map_err(|error| Failure::internal(format!("cannot serve: {error}")))?;
     let ended = tokio::select! {
         result = reaper => result,
+        result = oom => result,
         result = stdio => result,
     };
     match ended {

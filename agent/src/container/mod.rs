@@ -38,6 +38,7 @@ use crate::{
     cgroup::Cgroup,
     events::{Events, now_ns},
     failure::{During, Failure, Kind, Result},
+    oom,
     stdio::{Streams, Token},
 };
 use request::{ContainerRequest, ExecRequest, Request};
@@ -52,6 +53,8 @@ pub struct Manager {
     pub events: Events,
     /// Streams that wait for the host.
     pub streams: Arc<Streams>,
+    /// On the containers' memory.
+    pub oom_watch: oom::Watch,
 }
 
 #[derive(Default)]
@@ -145,12 +148,16 @@ pub struct Created {
 
 impl Manager {
     /// No containers.
-    pub fn new() -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The kernel lets nobody watch memory.
+    pub fn new() -> Result<Self> {
+        Ok(Self {
             table: Mutex::default(),
             events: Events::default(),
             streams: Arc::default(),
-        }
+            oom_watch: oom::Watch::new()?,
+        })
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -195,6 +202,12 @@ impl Manager {
         let linux = spec.linux().as_ref();
         let limits = linux.and_then(|linux| linux.resources().clone());
         let cgroup = Arc::new(Cgroup::create(&id, limits.as_ref())?);
+        if let Err(failure) = self
+            .oom_watch
+            .add(&cgroup.path().join("memory.events"), &id)
+        {
+            log::warn!("container {id}: {failure}");
+        }
         let stdio = request.stdio.unwrap_or_default();
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let user = spec
@@ -518,9 +531,8 @@ impl Manager {
         let Ok(container) = table.container(container_id) else {
             return;
         };
-        let kills = container.cgroup.oom_kills();
-        let oom = kills > container.oom_kills;
-        container.oom_kills = kills;
+        // Before the exit that it explains, whatever the watch has seen so far.
+        let oom = container.new_oom_kills();
         let Ok(process) = container.process(exec_id) else {
             return;
         };
@@ -530,6 +542,17 @@ impl Manager {
             self.events.out_of_memory(container_id);
         }
         self.events.exited(container_id, exec_id, exit);
+    }
+
+    /// Tells the host when the kernel has killed a process of the container for want of memory.
+    pub fn check_memory(&self, id: &str) {
+        let oom = self
+            .table()
+            .container(id)
+            .is_ok_and(Container::new_oom_kills);
+        if oom {
+            self.events.out_of_memory(id);
+        }
     }
 
     /// Removes a container that does not run, with all that is left of it.
@@ -810,6 +833,12 @@ impl Table {
 }
 
 impl Container {
+    /// Whether there were any since the last call.
+    fn new_oom_kills(&mut self) -> bool {
+        let kills = self.cgroup.oom_kills();
+        std::mem::replace(&mut self.oom_kills, kills) < kills
+    }
+
     fn process(&mut self, exec_id: &str) -> Result<&mut Process> {
         if exec_id.is_empty() {
             return Ok(&mut self.init);
