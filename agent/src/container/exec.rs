@@ -32,6 +32,8 @@ pub struct Program {
     pub terminal: Option<OwnedFd>,
     /// Hooks that run first.
     pub start_hooks: Vec<Hook>,
+    /// For them.
+    pub about: hooks::About,
 }
 
 /// Most of /etc/passwd and /etc/group that is read.
@@ -42,9 +44,11 @@ const MAX_ACCOUNTS: u64 = 4 << 20;
 /// # Errors
 /// Whatever keeps it from running; on success it does not return.
 pub fn run(program: Program) -> Result<()> {
-    for hook in &program.start_hooks {
-        hooks::run_one(hook, hooks::Stage::StartContainer, "")?;
-    }
+    hooks::run(
+        &program.start_hooks,
+        hooks::Stage::StartContainer,
+        &program.about,
+    )?;
     let process = &program.process;
     refuse_unsupported(process)?;
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())

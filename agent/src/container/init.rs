@@ -163,8 +163,9 @@ fn container(sync: &Sync, request: ContainerRequest) -> Result<()> {
         }
     }
     set_oom_score(&request.spec)?;
-    hooks::check(&request.spec)?;
-    hooks::run(&request.spec, hooks::Stage::CreateRuntime, &request.id)?;
+    let about = hooks::About::new(&request.id, &request.spec);
+    let stage = hooks::Stage::CreateRuntime;
+    hooks::run(&hooks::of(&request.spec, stage), stage, &about)?;
     if let Some(init) = request.pid_namespace_of {
         join(init, ThreadNameSpaceType::PROCESS_ID)?;
     } else if pid {
@@ -204,6 +205,7 @@ fn exec_in(sync: &Sync, request: ExecRequest) -> Result<()> {
                 seccomp: request.seccomp,
                 terminal,
                 start_hooks: Vec::new(),
+                about: hooks::About::default(),
             },
         )
     })
@@ -258,7 +260,11 @@ fn set_oom_score(spec: &Spec) -> Result<()> {
     write_oom_score(score.unwrap_or(0))
 }
 
-fn write_oom_score(score: i32) -> Result<()> {
+/// Sets the calling process's own `oom_score_adj`.
+///
+/// # Errors
+/// Those of the write.
+pub fn write_oom_score(score: i32) -> Result<()> {
     std::fs::write("/proc/self/oom_score_adj", score.to_string())
         .during(|| format!("set oom_score_adj to {score}"))
 }

@@ -6,7 +6,7 @@
 
 mod devices;
 mod exec;
-mod hooks;
+pub mod hooks;
 pub mod init;
 pub mod mounts;
 mod paths;
@@ -24,7 +24,7 @@ use std::{
 use caisson_protocol::agent::{
     self, ProcessExit, ProcessInfo, StateResponse, Status, StdioRequest,
 };
-use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{Hook, LinuxResources, LinuxSeccomp, Process as ProcessSpec, Spec};
 use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
     termios::{Winsize, tcsetwinsize},
@@ -73,6 +73,9 @@ struct Container {
     init: Process,
     execs: HashMap<String, Process>,
     seccomp: Option<LinuxSeccomp>,
+    poststart: Vec<Hook>,
+    poststop: Vec<Hook>,
+    about: hooks::About,
     oom_kills: u64,
     paused: bool,
     deleting: bool,
@@ -214,6 +217,9 @@ impl Manager {
             .annotations()
             .as_ref()
             .and_then(|annotations| annotations.get(USER_ANNOTATION).cloned());
+        let poststart = hooks::of(&spec, hooks::Stage::Poststart);
+        let poststop = hooks::of(&spec, hooks::Stage::Poststop);
+        let mut about = hooks::About::new(&id, &spec);
         let request = Request::Container(Box::new(ContainerRequest {
             id: id.clone(),
             spec,
@@ -237,14 +243,19 @@ impl Manager {
             Ok(born) => born,
             Err(failure) => {
                 let _ = cgroup.remove().await;
+                hooks::run_beside(poststop, hooks::Stage::Poststop, about).await;
                 return Err(failure);
             }
         };
+        about.pid = created.pid;
         let container = Container {
             cgroup,
             init: process,
             execs: HashMap::new(),
             seccomp,
+            poststart,
+            poststop,
+            about,
             oom_kills: 0,
             paused: false,
             deleting: false,
@@ -371,6 +382,9 @@ impl Manager {
         };
         match result {
             Ok(pid) => {
+                if exec_id.is_empty() {
+                    self.run_poststart_hooks(container_id).await;
+                }
                 let mut table = self.table();
                 let process = table.process(container_id, exec_id)?;
                 let State::Starting { ended, .. } = &mut process.state else {
@@ -389,6 +403,18 @@ impl Manager {
                 Err(failure)
             }
         }
+    }
+
+    /// Before the answer to the request to start, and so before an end is reported.
+    async fn run_poststart_hooks(&self, id: &str) {
+        let (list, about) = match self.table().container(id) {
+            Ok(container) => (
+                std::mem::take(&mut container.poststart),
+                container.about.clone(),
+            ),
+            Err(_) => return,
+        };
+        hooks::run_beside(list, hooks::Stage::Poststart, about).await;
     }
 
     async fn start_init(&self, id: &str) -> Result<u32> {
@@ -599,7 +625,16 @@ impl Manager {
             removed?;
         }
         tokens.iter().for_each(|token| self.streams.forget(token));
-        self.table().containers.remove(id);
+        let gone = self.table().containers.remove(id);
+        if let Some(Container {
+            poststop,
+            mut about,
+            ..
+        }) = gone
+        {
+            about.pid = 0;
+            hooks::run_beside(poststop, hooks::Stage::Poststop, about).await;
+        }
         Ok(exit_status)
     }
 

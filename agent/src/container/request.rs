@@ -3,10 +3,16 @@
 //! The request comes in a memory file; after it the two talk over a
 //! `SOCK_SEQPACKET` pair, one JSON document a packet.
 
+use std::{
+    fs::File,
+    io::{Seek, Write},
+};
+
 use oci_spec::runtime::{Process, Spec};
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
-use crate::failure::Failure;
+use crate::failure::{During, Failure, Result};
 
 /// What the init process shall become.
 #[derive(Debug, Serialize, Deserialize)]
@@ -84,6 +90,19 @@ pub enum Upper {
     ReadOnly,
     /// Entry of the pod's share, which is the whole root file system.
     Share(String),
+}
+
+/// A file of `bytes` in memory, to be read from its beginning by another process.
+///
+/// # Errors
+/// Out of memory or descriptors.
+pub fn memory_file(name: &str, bytes: &[u8]) -> Result<File> {
+    let during = || format!("make the memory file \"{name}\"");
+    let mut file = File::from(memfd_create(name, MemfdFlags::CLOEXEC).during(during)?);
+    file.write_all(bytes)
+        .and_then(|()| file.rewind())
+        .during(during)?;
+    Ok(file)
 }
 
 /// From the init process to the agent.

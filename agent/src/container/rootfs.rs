@@ -66,7 +66,9 @@ pub fn enter(sync: &Sync, request: &ContainerRequest) -> Result<exec::Program> {
         .transpose()?;
     set_names(spec)?;
     set_sysctls(spec)?;
-    hooks::run(spec, hooks::Stage::CreateContainer, &request.id)?;
+    let about = hooks::About::new(&request.id, spec);
+    let stage = hooks::Stage::CreateContainer;
+    hooks::run(&hooks::of(spec, stage), stage, &about)?;
     restrict(root, spec)?;
     pivot(root)?;
     if spec
@@ -93,6 +95,7 @@ pub fn enter(sync: &Sync, request: &ContainerRequest) -> Result<exec::Program> {
             .and_then(|linux| linux.seccomp().clone()),
         terminal,
         start_hooks: hooks::of(spec, hooks::Stage::StartContainer),
+        about,
     })
 }
 

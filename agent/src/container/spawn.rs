@@ -2,14 +2,13 @@
 
 use std::{
     fs::File,
-    io::{self, Seek, Write},
+    io,
     mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, OwnedFd},
     process::Command,
 };
 
 use rustix::{
-    fs::{MemfdFlags, memfd_create},
     io::{FdFlags, fcntl_setfd},
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags,
@@ -20,7 +19,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::{
     init,
-    request::{MAX_PACKET, Report, Request, START},
+    request::{MAX_PACKET, Report, Request, START, memory_file},
 };
 use crate::{
     failure::{During, Failure, Result},
@@ -50,13 +49,7 @@ pub async fn spawn(
 ) -> Result<Waiting> {
     let text = serde_json::to_vec(request)
         .map_err(|error| Failure::internal(format!("cannot encode the request: {error}")))?;
-    let memory = memfd_create("container-init", MemfdFlags::CLOEXEC)
-        .during(|| "make a memory file".to_owned())?;
-    let mut memory = File::from(memory);
-    memory
-        .write_all(&text)
-        .and_then(|()| memory.rewind())
-        .during(|| "write the request".to_owned())?;
+    let memory = memory_file("container-init", &text)?;
     let (ours, theirs) = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
