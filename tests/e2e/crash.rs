@@ -6,10 +6,22 @@ use caisson_tests::{Host, seconds, until};
 use rustix::process::{Pid, Signal, kill_process};
 
 fn kill_all(host: &Host, program: &str) {
-    let pids = host.processes_of(program);
-    assert!(!pids.is_empty(), "no {program} runs");
+    kill_at_once(host, &[program]);
+}
+
+/// Finds the processes of all `programs` before it kills the first: some end when others do.
+fn kill_at_once(host: &Host, programs: &[&str]) {
+    let mut pids = Vec::new();
+    for program in programs {
+        let running = host.processes_of(program);
+        assert!(!running.is_empty(), "no {program} runs");
+        pids.extend(running);
+    }
     for pid in pids {
-        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+        match kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => panic!("cannot kill {pid}: {error}"),
+        }
     }
 }
 
@@ -80,9 +92,10 @@ fn all_killed_at_once_leaves_a_container_that_can_be_removed() {
         "one",
         &["-v", &format!("{}:/data", shared.display())],
     );
-    for program in ["containerd-shim-caisson-v2", "caisson-vmm", "caisson-fs"] {
-        kill_all(&host, program);
-    }
+    kill_at_once(
+        &host,
+        &["containerd-shim-caisson-v2", "caisson-vmm", "caisson-fs"],
+    );
     host.caisson(["rm", "-f", "one"]).ok();
 }
 
