@@ -1,0 +1,291 @@
+//! From nothing to a guest whose agent answers.
+
+use std::{
+    fs::File,
+    io::Read,
+    os::{fd::AsFd, unix::net::UnixListener},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use caisson_protocol::agent::{ConfigureSandboxRequest, HelloResponse};
+use caisson_vmm_api::{
+    BlockConfig, BlockContents, BootConfig, DeviceConfig, Fd, MemoryConfig, Request, Response,
+    VcpuConfig,
+};
+
+use super::{SandboxSpec, process};
+use crate::{
+    agent::Agent,
+    cgroup,
+    config::Config,
+    error::Error,
+    record::{self, Record, Resource},
+    vmm::Vmm,
+};
+
+/// The guest's side of every vsock is this; each VM has a socket of its own, so all may share it.
+const GUEST_CID: u32 = 3;
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Size {
+    vcpus: u8,
+    memory_mib: u32,
+}
+
+impl Size {
+    pub(super) fn of(config: &Config, spec: &SandboxSpec) -> Result<Self, Error> {
+        let vcpus = if spec.vcpus == 0 {
+            config.default_vcpus
+        } else {
+            spec.vcpus
+        };
+        let memory_mib = if spec.memory_mib == 0 {
+            config.default_memory_mib
+        } else {
+            spec.memory_mib
+        };
+        if vcpus > config.max_vcpus {
+            return Err(Error::Invalid(format!(
+                "{vcpus} vCPUs are more than this host's configuration allows ({})",
+                config.max_vcpus
+            )));
+        }
+        if memory_mib < config.min_memory_mib {
+            return Err(Error::Invalid(format!(
+                "{memory_mib} MiB of memory are too little for a microVM to boot: {} MiB are the least",
+                config.min_memory_mib
+            )));
+        }
+        if memory_mib > config.max_memory_mib {
+            return Err(Error::Invalid(format!(
+                "{memory_mib} MiB of memory are more than this host's configuration allows ({} MiB)",
+                config.max_memory_mib
+            )));
+        }
+        Ok(Self { vcpus, memory_mib })
+    }
+}
+
+pub(super) struct Assets {
+    kvm: File,
+    kernel: File,
+    image: File,
+}
+
+impl Assets {
+    pub(super) fn open(config: &Config) -> Result<Self, Error> {
+        let kernel = asset(
+            "guest kernel",
+            &config.kernel,
+            |head| head.starts_with(b"\x7fELF"),
+            0,
+            "not an ELF vmlinux",
+        )?;
+        // The magic of EROFS, little-endian, at the superblock's offset 1024.
+        let image = asset(
+            "guest image",
+            &config.guest_image,
+            |head| head.starts_with(&[0xe2, 0xe1, 0xf5, 0xe0]),
+            1024,
+            "not an EROFS image",
+        )?;
+        if !config.vmm.is_file() {
+            return Err(Error::Asset {
+                what: "VMM",
+                path: config.vmm.clone(),
+                reason: "no such file".to_owned(),
+            });
+        }
+        let kvm = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .map_err(|source| Error::Kvm { source })?;
+        Ok(Self { kvm, kernel, image })
+    }
+}
+
+fn asset(
+    what: &'static str,
+    path: &Path,
+    right: impl Fn(&[u8]) -> bool,
+    offset: u64,
+    wrong: &str,
+) -> Result<File, Error> {
+    use std::os::unix::fs::FileExt;
+    let broken = |reason: String| Error::Asset {
+        what,
+        path: path.to_owned(),
+        reason,
+    };
+    let file = File::open(path).map_err(|error| broken(error.to_string()))?;
+    let mut head = [0; 4];
+    let read = file
+        .read_at(&mut head, offset)
+        .map_err(|error| broken(error.to_string()))?;
+    if read < head.len() || !right(&head) {
+        return Err(broken(wrong.to_owned()));
+    }
+    Ok(file)
+}
+
+pub(super) type Booted = (Arc<Vmm>, Agent, HelloResponse, PathBuf);
+
+pub(super) async fn boot(
+    config: &Config,
+    spec: &SandboxSpec,
+    size: Size,
+    assets: &Assets,
+    record: &mut Record,
+) -> Result<Booted, Error> {
+    let uid = record::claim_uid(
+        record,
+        &config.run_dir,
+        &spec.id,
+        config.uid_base,
+        config.uid_count,
+    )?;
+    let cgroup = cgroup::path_for(&spec.id, spec.cgroup_parent.as_deref());
+    if let Some(path) = &cgroup {
+        record.add(Resource::Cgroup(path.clone()))?;
+    }
+    let vsock = record.directory().join("vsock.sock");
+    let listener =
+        UnixListener::bind(&vsock).map_err(Error::io(format!("listen on {}", vsock.display())))?;
+    let begin = Instant::now();
+    let vmm = Arc::new(Vmm::spawn(&config.vmm, uid)?);
+    if let Some(resource) = process(vmm.pid()) {
+        record.add(resource)?;
+    }
+    if let Some(path) = &cgroup {
+        let entered = cgroup::create(path).and_then(|()| cgroup::add(path, vmm.pid()));
+        if let Err(error) = entered {
+            log::warn!(
+                "the sandbox has no cgroup of its own ({}): {error}",
+                path.display()
+            );
+        }
+    }
+    let spawned = begin.elapsed();
+    let (request, fds) = boot_request(config, size, assets, &listener);
+    vmm.call("boot", request, &fds).await?;
+    let booting = begin.elapsed();
+    let (agent, hello) = Agent::connect(&vsock, vmm.clone()).await?;
+    let answered = begin.elapsed();
+    configure(&agent, spec).await?;
+    log_stages(&vmm, &hello, [spawned, booting, answered, begin.elapsed()]).await;
+    Ok((vmm, agent, hello, vsock))
+}
+
+/// Where the time of a boot went, for whoever reads the log.
+async fn log_stages(vmm: &Vmm, hello: &HelloResponse, host: [Duration; 4]) {
+    let mut line = String::from("booted; ms since the VMM's start:");
+    for (name, at) in ["spawned", "vCPUs run", "agent answers", "configured"]
+        .iter()
+        .zip(host)
+    {
+        line.push_str(&format!(" {name} {:.1},", at.as_secs_f64() * 1e3));
+    }
+    if let Ok(Response::Description(description)) =
+        vmm.call("describe itself", Request::Describe, &[]).await
+    {
+        line.push_str(" in the VMM:");
+        for (name, at) in &description.stages {
+            line.push_str(&format!(" {name} {:.1},", *at as f64 / 1e6));
+        }
+    }
+    line.push_str(" in the guest:");
+    for stage in hello.stages.iter().take(16) {
+        let name: String = stage
+            .name
+            .chars()
+            .filter(char::is_ascii_graphic)
+            .take(32)
+            .collect();
+        line.push_str(&format!(" {name} {:.1},", stage.nanoseconds as f64 / 1e6));
+    }
+    log::info!("{}", line.trim_end_matches(','));
+}
+
+fn boot_request<'a>(
+    config: &Config,
+    size: Size,
+    assets: &'a Assets,
+    listener: &'a UnixListener,
+) -> (Request, Vec<std::os::fd::BorrowedFd<'a>>) {
+    let fds = vec![
+        assets.kvm.as_fd(),
+        assets.kernel.as_fd(),
+        assets.image.as_fd(),
+        listener.as_fd(),
+    ];
+    let mut cmdline = String::from(
+        "root=/dev/vda ro rootfstype=erofs init=/sbin/caisson-agent console=hvc0 quiet \
+         reboot=k panic=-1 noreplace-smp swiotlb=noforce 8250.nr_uarts=0 random.trust_cpu=on",
+    );
+    if !config.kernel_parameters.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&config.kernel_parameters);
+    }
+    let boot = BootConfig {
+        kvm: Fd(0),
+        kernel: Fd(1),
+        cmdline,
+        vcpus: VcpuConfig {
+            boot: size.vcpus,
+            max: size.vcpus,
+        },
+        // Shared, so that a file server can be attached at any time.
+        memory: MemoryConfig {
+            boot_mib: size.memory_mib,
+            hotplug_mib: 0,
+            shared: true,
+        },
+        devices: vec![
+            DeviceConfig::Block(BlockConfig {
+                serial: "guest".to_owned(),
+                contents: BlockContents::File(Fd(2)),
+                read_only: true,
+                rate_limit: None,
+            }),
+            DeviceConfig::Vsock {
+                cid: GUEST_CID,
+                listener: Fd(3),
+                acceptor: None,
+            },
+            DeviceConfig::Console { output: None },
+            DeviceConfig::Rng,
+            DeviceConfig::Balloon,
+        ],
+    };
+    (Request::Boot(Box::new(boot)), fds)
+}
+
+async fn configure(agent: &Agent, spec: &SandboxSpec) -> Result<(), Error> {
+    let mut seed = [0; 64];
+    File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut seed))
+        .map_err(Error::io("read /dev/urandom"))?;
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let request = ConfigureSandboxRequest {
+        sandbox_id: spec.id.clone(),
+        hostname: spec.hostname.clone(),
+        realtime_ns: i64::try_from(since.as_nanos()).unwrap_or(i64::MAX),
+        entropy_seed: seed.to_vec(),
+        dns_servers: spec.dns_servers.clone(),
+        dns_searches: spec.dns_searches.clone(),
+        dns_options: spec.dns_options.clone(),
+        shared_pid_namespace: spec.shared_pid_namespace,
+        ..Default::default()
+    };
+    agent
+        .call("configure the guest", |client, context| async move {
+            client.configure_sandbox(context, &request).await
+        })
+        .await
+        .map(drop)
+}

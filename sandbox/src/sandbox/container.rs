@@ -1,0 +1,151 @@
+//! Containers and their root file systems.
+
+use std::{fs::File, os::fd::AsFd, sync::PoisonError};
+
+use caisson_fs::Share;
+use caisson_protocol::{
+    SHARE_PREFIX,
+    agent::{CreateContainerRequest, Layer, Rootfs, layer::Source, rootfs::Upper as WireUpper},
+};
+use caisson_vmm_api::{BlockContents, Fd};
+
+use super::{
+    ContainerSpec, Created, RootfsSource, Sandbox, Upper, blocking, process::stdio_message,
+};
+use crate::{disk, error::Error, spec};
+
+/// Most layers of an image (the GPT the VMM makes up has room for so many).
+const MAX_LAYERS: usize = 120;
+
+impl Sandbox {
+    /// Creates a container; its program waits for [`Sandbox::start_process`].
+    ///
+    /// # Errors
+    /// [`Error`]; nothing of the container is left then.
+    pub async fn create_container(&self, request: ContainerSpec) -> Result<Created, Error> {
+        let mut spec = spec::parse(&request.spec_json)?;
+        spec::translate(&mut spec)?;
+        for bind in spec::host_binds(&spec) {
+            let share = Share {
+                read_only: bind.read_only,
+                set_id: false,
+            };
+            let entry = self.share(&bind.source, share).await?;
+            spec::use_share(&mut spec, bind.mount, &entry);
+        }
+        let mut slots = Vec::new();
+        let result = self.create_with(&request, &spec, &mut slots).await;
+        match result {
+            Ok(created) => {
+                let mut containers = self
+                    .containers
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                containers.insert(request.id, slots);
+                Ok(created)
+            }
+            Err(error) => {
+                self.detach(&slots).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn create_with(
+        &self,
+        request: &ContainerSpec,
+        spec: &oci_spec::runtime::Spec,
+        slots: &mut Vec<u32>,
+    ) -> Result<Created, Error> {
+        let rootfs = self.rootfs(&request.rootfs, slots).await?;
+        let spec_json =
+            serde_json::to_vec(spec).map_err(|error| Error::Invalid(error.to_string()))?;
+        let message = CreateContainerRequest {
+            container_id: request.id.clone(),
+            spec_json,
+            rootfs: Some(rootfs).into(),
+            stdio: Some(stdio_message(&request.stdio)).into(),
+            bind_pod_files: request.pod_files,
+            ..Default::default()
+        };
+        let response = self
+            .agent
+            .call("create the container", |client, context| async move {
+                client.create_container(context, &message).await
+            })
+            .await?;
+        let streams = self.connect(&response.stdio_token, &request.stdio).await;
+        match streams {
+            Ok(streams) => Ok(Created {
+                pid: response.pid,
+                streams,
+            }),
+            Err(error) => {
+                // A process that nobody can talk to is of no use.
+                let _ = self.delete_process(&request.id, "").await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Disks of the root file system; the slots they take are added to `slots`.
+    async fn rootfs(&self, source: &RootfsSource, slots: &mut Vec<u32>) -> Result<Rootfs, Error> {
+        let mut rootfs = Rootfs::default();
+        match source {
+            RootfsSource::Directory(path) => {
+                let entry = self
+                    .share(
+                        path,
+                        Share {
+                            read_only: false,
+                            set_id: true,
+                        },
+                    )
+                    .await?;
+                rootfs.upper = Some(WireUpper::Share(format!("{SHARE_PREFIX}{entry}")));
+            }
+            RootfsSource::Layers { erofs, upper } => {
+                if erofs.is_empty() || erofs.len() > MAX_LAYERS {
+                    return Err(Error::Invalid(format!(
+                        "an image has 1 to {MAX_LAYERS} layers, not {}",
+                        erofs.len()
+                    )));
+                }
+                let files = erofs
+                    .iter()
+                    .map(|path| {
+                        File::open(path)
+                            .map_err(Error::io(format!("open the layer {}", path.display())))
+                    })
+                    .collect::<Result<Vec<_>, _>>()?;
+                let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+                let indexes = (0..descriptors.len())
+                    .map(|index| Fd(u32::try_from(index).unwrap_or(u32::MAX)));
+                let contents = BlockContents::Partitions(indexes.collect());
+                let disk = self
+                    .attach_disk("layers", contents, true, &descriptors, slots)
+                    .await?;
+                for number in 1..=files.len() {
+                    rootfs.layers.push(Layer {
+                        source: Some(Source::ErofsDevice(format!("{disk}{number}"))),
+                        ..Default::default()
+                    });
+                }
+                rootfs.upper = Some(match upper {
+                    Upper::ReadOnly => WireUpper::ReadOnly(true),
+                    Upper::Tmpfs(bytes) => WireUpper::TmpfsBytes(*bytes),
+                    Upper::Disk(mib) => {
+                        let (directory, mib) = (self.config.state_dir.join("uppers"), *mib);
+                        let upper = blocking(move || disk::fresh(&directory, mib)).await?;
+                        let contents = BlockContents::File(Fd(0));
+                        WireUpper::Ext4Device(
+                            self.attach_disk("upper", contents, false, &[upper.as_fd()], slots)
+                                .await?,
+                        )
+                    }
+                });
+            }
+        }
+        Ok(rootfs)
+    }
+}

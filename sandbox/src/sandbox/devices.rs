@@ -1,0 +1,155 @@
+//! Devices that come and go while the microVM runs.
+
+use std::{os::fd::BorrowedFd, path::Path, sync::PoisonError};
+
+use caisson_fs::Share;
+use caisson_protocol::{
+    SHARE_TAG,
+    agent::{BindDeviceRequest, UnbindDeviceRequest, bind_device_request::Expect},
+};
+use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig, Fd, Request, Response};
+
+use super::{Sandbox, blocking, lie, process, unexpected};
+use crate::{
+    cgroup,
+    error::Error,
+    record::Resource,
+    shares::{self, Shares},
+};
+
+impl Sandbox {
+    /// Attaches a disk and returns its node in the guest.
+    pub(super) async fn attach_disk(
+        &self,
+        kind: &str,
+        contents: BlockContents,
+        read_only: bool,
+        fds: &[BorrowedFd<'_>],
+        slots: &mut Vec<u32>,
+    ) -> Result<String, Error> {
+        let serial = format!("{kind}-{}", slots.len());
+        let device = DeviceConfig::Block(BlockConfig {
+            serial: serial.clone(),
+            contents,
+            read_only,
+            rate_limit: None,
+        });
+        let slot = self.attach("attach a disk", device, fds).await?;
+        slots.push(slot);
+        let node = self.bind(slot, Expect::BlockSerial(serial)).await?;
+        let plain = node.strip_prefix("/dev/").is_some_and(|name| {
+            !name.is_empty()
+                && name.len() <= 16
+                && name.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        });
+        if plain {
+            Ok(node)
+        } else {
+            Err(lie("named a disk that is none"))
+        }
+    }
+
+    async fn attach(
+        &self,
+        what: &'static str,
+        device: DeviceConfig,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<u32, Error> {
+        match self.vmm.call(what, Request::Attach(device), fds).await? {
+            Response::Attached { slot } => Ok(slot),
+            other => Err(unexpected(what, &other)),
+        }
+    }
+
+    async fn bind(&self, slot: u32, expect: Expect) -> Result<String, Error> {
+        let request = BindDeviceRequest {
+            slot,
+            expect: Some(expect),
+            ..Default::default()
+        };
+        let response = self
+            .agent
+            .call("bind a device", |client, context| async move {
+                client.bind_device(context, &request).await
+            })
+            .await?;
+        Ok(response.device)
+    }
+
+    /// Takes devices away again. What fails here ends with the VM.
+    pub(super) async fn detach(&self, slots: &[u32]) {
+        for slot in slots.iter().copied() {
+            let request = UnbindDeviceRequest {
+                slot,
+                ..Default::default()
+            };
+            let unbound = self
+                .agent
+                .call("unbind a device", |client, context| async move {
+                    client.unbind_device(context, &request).await
+                })
+                .await;
+            if unbound.is_ok()
+                && let Err(error) = self
+                    .vmm
+                    .call("detach a device", Request::Detach { slot }, &[])
+                    .await
+            {
+                log::warn!("{error}");
+            }
+        }
+    }
+
+    /// Shares a host path with the guest and returns its name there.
+    pub(super) async fn share(&self, source: &Path, share: Share) -> Result<String, Error> {
+        let mut guard = self.shares.lock().await;
+        let mut shares = match guard.take() {
+            Some(shares) => shares,
+            None => self.start_file_server().await?,
+        };
+        let source = source.to_owned();
+        let (shares, entry) = blocking(move || {
+            let entry = shares.add(&source, share);
+            Ok((shares, entry))
+        })
+        .await?;
+        *guard = Some(shares);
+        entry
+    }
+
+    async fn start_file_server(&self) -> Result<Shares, Error> {
+        let program = self.config.file_server.clone();
+        let (shares, socket) = blocking(move || Shares::start(&program)).await?;
+        self.remember(process(shares.pid()))?;
+        self.adopt(shares.pid());
+        let device = DeviceConfig::Fs {
+            tag: SHARE_TAG.to_owned(),
+            socket: Fd(0),
+            queues: shares::QUEUES,
+        };
+        let slot = self
+            .attach(
+                "attach the shared directories",
+                device,
+                &[shares::descriptor(&socket)],
+            )
+            .await?;
+        self.bind(slot, Expect::FsTag(SHARE_TAG.to_owned())).await?;
+        Ok(shares)
+    }
+
+    fn remember(&self, resource: Option<Resource>) -> Result<(), Error> {
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        resource.map_or(Ok(()), |resource| Ok(record.add(resource)?))
+    }
+
+    /// Puts a helper process into the sandbox's cgroup.
+    fn adopt(&self, pid: u32) {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(path) = record.cgroup()
+            && let Err(error) = cgroup::add(path, pid)
+        {
+            log::warn!("process {pid} stays out of the sandbox's cgroup: {error}");
+        }
+    }
+}

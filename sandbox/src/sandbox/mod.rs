@@ -1,0 +1,196 @@
+//! A running sandbox and the containers in it.
+
+mod boot;
+mod container;
+mod devices;
+mod events;
+mod process;
+mod types;
+
+use std::{
+    collections::HashMap,
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex as StdMutex, PoisonError},
+    time::Duration,
+};
+
+use caisson_protocol::agent::{HelloResponse, ShutdownRequest};
+use caisson_vmm_api::{Description, Request, Response};
+use tokio::sync::{Mutex, mpsc};
+
+pub use types::{
+    ContainerSpec, Created, Event, Exit, ProcessInfo, RootfsSource, SandboxSpec, State, Status,
+    Stdio, Streams, Upper,
+};
+
+use crate::{
+    agent::Agent,
+    config::Config,
+    deadline::scaled,
+    error::{AgentErrorKind, Error},
+    record::{self, Record, Resource},
+    shares::Shares,
+    vmm::{Gone, Vmm},
+};
+use boot::{Assets, Size, boot};
+use events::forward_events;
+
+/// Events that may wait for the sandbox's owner.
+const EVENT_QUEUE: usize = 256;
+/// A running sandbox.
+pub struct Sandbox {
+    config: Config,
+    vmm: Arc<Vmm>,
+    agent: Agent,
+    record: StdMutex<Record>,
+    shares: Mutex<Option<Shares>>,
+    containers: StdMutex<HashMap<String, Vec<u32>>>,
+    vsock: PathBuf,
+    hello: HelloResponse,
+}
+
+impl Sandbox {
+    /// Boots a microVM and waits for its agent. Events arrive at the receiver.
+    ///
+    /// # Errors
+    /// [`Error`]; nothing is left on the host then.
+    pub async fn start(
+        config: &Config,
+        spec: SandboxSpec,
+    ) -> Result<(Self, mpsc::Receiver<Event>), Error> {
+        let size = Size::of(config, &spec)?;
+        let assets = Assets::open(config)?;
+        let mut record = Record::create(&config.run_dir, &spec.id)?;
+        match boot(config, &spec, size, &assets, &mut record).await {
+            Ok((vmm, agent, hello, vsock)) => {
+                let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
+                tokio::spawn(forward_events(agent.clone(), vmm.clone(), sender));
+                let sandbox = Self {
+                    config: config.clone(),
+                    vmm,
+                    agent,
+                    record: StdMutex::new(record),
+                    shares: Mutex::new(None),
+                    containers: StdMutex::default(),
+                    vsock,
+                    hello,
+                };
+                Ok((sandbox, receiver))
+            }
+            Err(error) => {
+                if let Err(left) = record.teardown() {
+                    log::error!("sandbox {}: {left}", spec.id);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// What the guest said of itself.
+    pub fn guest(&self) -> &HelloResponse {
+        &self.hello
+    }
+
+    /// State of the VMM.
+    ///
+    /// # Errors
+    /// It has gone.
+    pub async fn describe(&self) -> Result<Description, Error> {
+        match self
+            .vmm
+            .call("describe itself", Request::Describe, &[])
+            .await?
+        {
+            Response::Description(description) => Ok(*description),
+            other => Err(unexpected("describe itself", &other)),
+        }
+    }
+
+    /// The VMM's process id.
+    pub fn vmm_pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    /// Why the VM has gone, if it has.
+    pub fn gone(&self) -> Option<Gone> {
+        self.vmm.gone()
+    }
+
+    /// Ends the microVM and removes all that the sandbox has on the host. Containers get SIGTERM
+    /// and `grace` to end, when it is not zero. Can be repeated.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub async fn stop(&self, grace: Duration) -> Result<(), Error> {
+        if self.vmm.gone().is_none() {
+            if !grace.is_zero() {
+                let request = ShutdownRequest {
+                    grace_ms: u32::try_from(grace.as_millis()).unwrap_or(u32::MAX),
+                    ..Default::default()
+                };
+                let asked = self
+                    .agent
+                    .call_within(
+                        grace + Duration::from_secs(5),
+                        "shut down",
+                        |client, context| async move { client.shutdown(context, &request).await },
+                    )
+                    .await;
+                if let Err(error) = asked {
+                    log::warn!("the guest did not shut down by itself: {error}");
+                }
+            }
+            // Already gone is as good.
+            let _ = self.vmm.call("stop", Request::Stop, &[]).await;
+            let _ =
+                tokio::time::timeout(scaled(Duration::from_secs(2)), self.vmm.wait_gone()).await;
+        }
+        // The server's destructor ends and reaps it.
+        drop(self.shares.lock().await.take());
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(record.teardown()?)
+    }
+}
+
+/// Removes what a sandbox whose owner was killed has left. A sandbox that does not exist is fine.
+///
+/// # Errors
+/// What could not be removed.
+pub fn cleanup(config: &Config, id: &str) -> Result<(), Error> {
+    match Record::load(&config.run_dir, id)? {
+        Some(record) => Ok(record.teardown()?),
+        None => Ok(()),
+    }
+}
+fn process(pid: u32) -> Option<Resource> {
+    record::start_time(pid).map(|start_time| Resource::Process { pid, start_time })
+}
+
+fn lie(what: &str) -> Error {
+    Error::Agent {
+        kind: AgentErrorKind::Other,
+        message: format!("the guest's agent {what}"),
+    }
+}
+
+fn unexpected(what: &'static str, response: &Response) -> Error {
+    Error::Vmm {
+        what,
+        reason: format!("unexpected answer {response:?}"),
+    }
+}
+
+/// Runs what blocks where it may.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| {
+            Err(Error::Io {
+                what: "run a task".to_owned(),
+                source: io::Error::other(error),
+            })
+        })
+}

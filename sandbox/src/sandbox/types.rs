@@ -1,0 +1,176 @@
+//! What callers ask of a sandbox, and what they are told.
+
+use std::{path::PathBuf, time::SystemTime};
+
+use tokio::net::UnixStream;
+
+use crate::vmm::Gone;
+
+/// A sandbox to be started.
+#[derive(Debug, Clone, Default)]
+pub struct SandboxSpec {
+    /// Unique on the host.
+    pub id: String,
+    /// Of the pod; empty = "caisson".
+    pub hostname: String,
+    /// 0 = the configuration's default.
+    pub vcpus: u8,
+    /// 0 = the configuration's default.
+    pub memory_mib: u32,
+    /// cgroup below which the sandbox's is made, as in /proc/self/cgroup.
+    pub cgroup_parent: Option<PathBuf>,
+    /// Lines of resolv.conf.
+    pub dns_servers: Vec<String>,
+    /// Lines of resolv.conf.
+    pub dns_searches: Vec<String>,
+    /// Lines of resolv.conf.
+    pub dns_options: Vec<String>,
+    /// Containers see each other's processes.
+    pub shared_pid_namespace: bool,
+}
+
+/// A container to be created.
+#[derive(Debug, Clone)]
+pub struct ContainerSpec {
+    /// Unique in the sandbox.
+    pub id: String,
+    /// OCI config.json as the host has it.
+    pub spec_json: Vec<u8>,
+    /// Its root file system.
+    pub rootfs: RootfsSource,
+    /// Its streams.
+    pub stdio: Stdio,
+    /// Bind the pod's hosts, hostname and resolv.conf.
+    pub pod_files: bool,
+}
+
+/// Where a root file system comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RootfsSource {
+    /// EROFS images (files or block devices), bottom first, and what is written on top.
+    Layers {
+        /// The images.
+        erofs: Vec<PathBuf>,
+        /// What is written.
+        upper: Upper,
+    },
+    /// A directory of the host, served as it is.
+    Directory(PathBuf),
+}
+
+/// The writable part of a root file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Upper {
+    /// An ext4 disk of this many MiB, sparse on the host.
+    Disk(u32),
+    /// Guest memory, at most so many bytes.
+    Tmpfs(u64),
+    /// None.
+    ReadOnly,
+}
+
+/// Which streams a process has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stdio {
+    /// One terminal instead of three streams.
+    pub terminal: bool,
+    /// Rows and columns of it.
+    pub size: (u32, u32),
+    /// A stream, else /dev/null.
+    pub stdin: bool,
+    /// A stream, else /dev/null.
+    pub stdout: bool,
+    /// A stream, else /dev/null.
+    pub stderr: bool,
+}
+
+/// Connected streams of a process.
+#[derive(Debug, Default)]
+pub struct Streams {
+    /// To the process; half-closing it ends the process's stdin.
+    pub stdin: Option<UnixStream>,
+    /// From the process.
+    pub stdout: Option<UnixStream>,
+    /// From the process.
+    pub stderr: Option<UnixStream>,
+    /// Both ways.
+    pub terminal: Option<UnixStream>,
+}
+
+/// A created process.
+#[derive(Debug)]
+pub struct Created {
+    /// In the guest; 0 for an exec that has not been started.
+    pub pid: u32,
+    /// Its streams.
+    pub streams: Streams,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// In the guest.
+    pub pid: u32,
+    /// 0..=255.
+    pub status: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// What happened in a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A process ended; `exec` is empty for a container's first.
+    Exited {
+        /// The container.
+        container: String,
+        /// The exec.
+        exec: String,
+        /// How.
+        exit: Exit,
+    },
+    /// The kernel killed a process of the container for want of memory.
+    OutOfMemory {
+        /// The container.
+        container: String,
+    },
+    /// The microVM is gone, and every container with it. The last event.
+    Gone(Gone),
+}
+
+/// State of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct State {
+    /// Where it is in its life.
+    pub status: Status,
+    /// In the guest.
+    pub pid: u32,
+    /// Once it has ended.
+    pub exit: Option<Exit>,
+}
+
+/// Where a process is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Waits for start.
+    Created,
+    /// Runs.
+    Running,
+    /// Has ended.
+    Stopped,
+    /// Its container is frozen.
+    Paused,
+}
+
+/// A process of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessInfo {
+    /// In the container's PID namespace.
+    pub pid: u32,
+    /// In the guest.
+    pub guest_pid: u32,
+    /// Empty unless it is an exec's first process.
+    pub exec: String,
+    /// Its command line.
+    pub command: String,
+}
