@@ -27,6 +27,9 @@ const BOOT_LIMIT: Duration = Duration::from_secs(15);
 /// Longest that an ordinary request may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);
 
+/// How much later than this side the agent gives a request up.
+const AGENT_EXTRA: Duration = Duration::from_secs(2);
+
 /// How long the agent may hold a poll for events.
 const POLL: Duration = Duration::from_secs(60);
 
@@ -116,7 +119,9 @@ impl Agent {
         R: Future<Output = ttrpc::Result<T>>,
     {
         let limit = scaled(limit);
-        let context = ttrpc::context::with_duration(limit);
+        // The agent gives up later than this side, so that the answer to a call that took too long
+        // is the same whoever looks at the clock first.
+        let context = ttrpc::context::with_duration(limit + scaled(AGENT_EXTRA));
         let call = tokio::time::timeout(limit, method(self.client.clone(), context));
         let late = || Error::Late {
             what: what.to_owned(),

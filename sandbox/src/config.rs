@@ -55,6 +55,8 @@ pub struct Config {
     pub kernel: PathBuf,
     /// The guest image; `<prefix>/share/caisson/guest.erofs`.
     pub guest_image: PathBuf,
+    /// KVM's device; `/dev/kvm`.
+    pub kvm: PathBuf,
     /// What goes with a reboot: sockets, records; `/run/caisson`.
     pub run_dir: PathBuf,
     /// What stays: images, containers, caches; `/var/lib/caisson`.
@@ -101,6 +103,7 @@ impl Default for Config {
             file_server: prefix.join("libexec/caisson/caisson-fs"),
             kernel: prefix.join("share/caisson/vmlinux"),
             guest_image: prefix.join("share/caisson/guest.erofs"),
+            kvm: "/dev/kvm".into(),
             run_dir: "/run/caisson".into(),
             state_dir: "/var/lib/caisson".into(),
             kernel_parameters: String::new(),

@@ -39,9 +39,11 @@ pub enum Error {
     /// Not supported, and not ignored either.
     #[error("{0}")]
     Unsupported(String),
-    /// `/dev/kvm` cannot be used.
-    #[error("cannot open /dev/kvm: {source}; `caisson check` tells what this host lacks")]
+    /// KVM's device cannot be used.
+    #[error("cannot open {}: {source}; `caisson check` tells what this host lacks", path.display())]
     Kvm {
+        /// The device.
+        path: PathBuf,
         /// Why not.
         source: io::Error,
     },

@@ -2,10 +2,10 @@
 //! one is needed.
 
 use std::{
-    collections::HashMap,
-    os::{fd::AsFd, unix::net::UnixStream},
-    path::{Path, PathBuf},
+    os::unix::net::UnixStream,
+    path::Path,
     process::Stdio,
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -16,11 +16,10 @@ use crate::{deadline::scaled, error::Error};
 /// Request queues of the device.
 pub const QUEUES: u16 = 1;
 
-/// The file server of a sandbox and what it shares.
+/// The file server of a sandbox.
 pub struct Shares {
     server: FileServer,
-    shared: HashMap<(PathBuf, bool, bool), u32>,
-    next: u32,
+    next: AtomicU32,
 }
 
 impl Shares {
@@ -38,14 +37,11 @@ impl Shares {
         }
         let (server, socket) =
             FileServer::spawn(program, Stdio::null(), scaled(Duration::from_secs(5)))?;
-        Ok((
-            Self {
-                server,
-                shared: HashMap::new(),
-                next: 0,
-            },
-            socket,
-        ))
+        let shares = Self {
+            server,
+            next: AtomicU32::new(0),
+        };
+        Ok((shares, socket))
     }
 
     /// Process id of the server.
@@ -53,24 +49,25 @@ impl Shares {
         self.server.pid()
     }
 
-    /// Shares `source` and returns its name in the share. Blocks.
+    /// Shares what is at `source` now and returns its name in the share. Blocks.
+    ///
+    /// Every call makes an entry of its own: what a path names changes (an unmount, a mount over
+    /// it), so an entry is never found again by its path, and a name is never used twice, so
+    /// that the guest cannot take a new entry for one that it has cached.
     ///
     /// # Errors
     /// It is not there, or no directory or regular file.
-    pub fn add(&mut self, source: &Path, share: Share) -> Result<String, Error> {
-        let key = (source.to_owned(), share.read_only, share.set_id);
-        if let Some(index) = self.shared.get(&key) {
-            return Ok(index.to_string());
-        }
-        let index = self.next;
+    pub fn add(&self, source: &Path, share: Share) -> Result<u32, Error> {
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
         self.server.share(index, source, share)?;
-        self.next += 1;
-        self.shared.insert(key, index);
-        Ok(index.to_string())
+        Ok(index)
     }
-}
 
-/// For the VMM's request.
-pub fn descriptor(socket: &UnixStream) -> std::os::fd::BorrowedFd<'_> {
-    socket.as_fd()
+    /// Takes an entry away; what the guest has open there stays open. Blocks.
+    ///
+    /// # Errors
+    /// There is no such entry.
+    pub fn remove(&self, index: u32) -> Result<(), Error> {
+        Ok(self.server.unshare(index)?)
+    }
 }

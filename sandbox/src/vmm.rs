@@ -235,6 +235,14 @@ fn spawn_in_pid_namespace(mut command: Command, passed: OwnedFd) -> io::Result<C
         .unwrap_or_else(|_| Err(io::Error::other("the spawning thread failed")))
 }
 
+/// Why no more is heard of a VMM.
+enum End {
+    /// Its end of the socket is closed.
+    Closed,
+    /// What it says makes no sense, so nothing that it says later can be trusted.
+    Broken(ChannelError),
+}
+
 struct Watcher {
     channel: Arc<Channel>,
     pending: Arc<Mutex<Pending>>,
@@ -246,16 +254,19 @@ impl Watcher {
     fn run(mut self, announce: &watch::Sender<Option<Gone>>) {
         let mut words = Vec::new();
         let mut stderr_open = true;
-        loop {
+        let end = loop {
             let (control, output) = self.wait(stderr_open);
             if output {
                 stderr_open = self.hear(&mut words);
             }
-            if control && !self.receive() {
-                break;
+            if control && let Some(end) = self.receive() {
+                break end;
             }
-        }
-        let status = self.reap();
+        };
+        let status = match &end {
+            End::Closed => self.reap(),
+            End::Broken(_) => self.kill(),
+        };
         if stderr_open {
             let _ = rustix::io::ioctl_fionbio(&self.stderr, true);
             while self.hear(&mut words) {}
@@ -263,7 +274,10 @@ impl Watcher {
         let mut pending = lock(&self.pending);
         let gone = pending.exit.take().unwrap_or_else(|| Gone {
             reason: ExitReason::Internal {
-                message: describe(status, &words),
+                message: match end {
+                    End::Closed => describe(status, &words),
+                    End::Broken(error) => format!("the VMM was killed: {error}"),
+                },
             },
             console_tail: String::new(),
         });
@@ -299,15 +313,15 @@ impl Watcher {
         }
     }
 
-    /// Takes one packet; false when there will be no more.
-    fn receive(&self) -> bool {
+    /// Takes one packet; tells when there will be no more.
+    fn receive(&self) -> Option<End> {
         match self.channel.receive::<Message>() {
             Ok((Message::Reply { id, result }, _)) => {
                 if let Some(sender) = lock(&self.pending).answers.remove(&id) {
                     // A caller that has given up needs no answer.
                     let _ = sender.send(result);
                 }
-                true
+                None
             }
             Ok((
                 Message::Event(Event::Exited {
@@ -320,14 +334,15 @@ impl Watcher {
                     reason,
                     console_tail,
                 });
-                true
+                None
             }
             Ok((Message::Event(Event::DeviceFailed { slot, message }), _)) => {
                 log::error!("device in slot {slot} of the VM failed: {message}");
-                true
+                None
             }
-            Err(ChannelError::TimedOut) => true,
-            Err(_) => false,
+            Err(ChannelError::TimedOut) => None,
+            Err(ChannelError::Closed) => Some(End::Closed),
+            Err(error) => Some(End::Broken(error)),
         }
     }
 
@@ -339,6 +354,10 @@ impl Watcher {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+        self.kill()
+    }
+
+    fn kill(&mut self) -> io::Result<ExitStatus> {
         self.child.kill()?;
         self.child.wait()
     }

@@ -101,8 +101,11 @@ impl Assets {
         let kvm = File::options()
             .read(true)
             .write(true)
-            .open("/dev/kvm")
-            .map_err(|source| Error::Kvm { source })?;
+            .open(&config.kvm)
+            .map_err(|source| Error::Kvm {
+                path: config.kvm.clone(),
+                source,
+            })?;
         Ok(Self { kvm, kernel, image })
     }
 }

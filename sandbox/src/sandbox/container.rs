@@ -10,7 +10,8 @@ use caisson_protocol::{
 use caisson_vmm_api::{BlockContents, Fd};
 
 use super::{
-    ContainerSpec, Created, RootfsSource, Sandbox, Upper, blocking, process::stdio_message,
+    ContainerSpec, Created, Holdings, RootfsSource, Sandbox, Upper, blocking,
+    process::stdio_message,
 };
 use crate::{disk, error::Error, spec};
 
@@ -25,27 +26,18 @@ impl Sandbox {
     pub async fn create_container(&self, request: ContainerSpec) -> Result<Created, Error> {
         let mut spec = spec::parse(&request.spec_json)?;
         spec::translate(&mut spec)?;
-        for bind in spec::host_binds(&spec) {
-            let share = Share {
-                read_only: bind.read_only,
-                set_id: false,
-            };
-            let entry = self.share(&bind.source, share).await?;
-            spec::use_share(&mut spec, bind.mount, &entry);
-        }
-        let mut slots = Vec::new();
-        let result = self.create_with(&request, &spec, &mut slots).await;
-        match result {
+        let mut holdings = Holdings::default();
+        match self.create_with(&request, spec, &mut holdings).await {
             Ok(created) => {
                 let mut containers = self
                     .containers
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner);
-                containers.insert(request.id, slots);
+                containers.insert(request.id, holdings);
                 Ok(created)
             }
             Err(error) => {
-                self.detach(&slots).await;
+                self.release(holdings).await;
                 Err(error)
             }
         }
@@ -54,12 +46,20 @@ impl Sandbox {
     async fn create_with(
         &self,
         request: &ContainerSpec,
-        spec: &oci_spec::runtime::Spec,
-        slots: &mut Vec<u32>,
+        mut spec: oci_spec::runtime::Spec,
+        holdings: &mut Holdings,
     ) -> Result<Created, Error> {
-        let rootfs = self.rootfs(&request.rootfs, slots).await?;
+        for bind in spec::host_binds(&spec) {
+            let share = Share {
+                read_only: bind.read_only,
+                set_id: false,
+            };
+            let entry = self.share(&bind.source, share, holdings).await?;
+            spec::use_share(&mut spec, bind.mount, &entry);
+        }
+        let rootfs = self.rootfs(&request.rootfs, holdings).await?;
         let spec_json =
-            serde_json::to_vec(spec).map_err(|error| Error::Invalid(error.to_string()))?;
+            serde_json::to_vec(&spec).map_err(|error| Error::Invalid(error.to_string()))?;
         let message = CreateContainerRequest {
             container_id: request.id.clone(),
             spec_json,
@@ -88,20 +88,20 @@ impl Sandbox {
         }
     }
 
-    /// Disks of the root file system; the slots they take are added to `slots`.
-    async fn rootfs(&self, source: &RootfsSource, slots: &mut Vec<u32>) -> Result<Rootfs, Error> {
+    /// Disks of the root file system; what they take is added to `holdings`.
+    async fn rootfs(
+        &self,
+        source: &RootfsSource,
+        holdings: &mut Holdings,
+    ) -> Result<Rootfs, Error> {
         let mut rootfs = Rootfs::default();
         match source {
             RootfsSource::Directory(path) => {
-                let entry = self
-                    .share(
-                        path,
-                        Share {
-                            read_only: false,
-                            set_id: true,
-                        },
-                    )
-                    .await?;
+                let share = Share {
+                    read_only: false,
+                    set_id: true,
+                };
+                let entry = self.share(path, share, holdings).await?;
                 rootfs.upper = Some(WireUpper::Share(format!("{SHARE_PREFIX}{entry}")));
             }
             RootfsSource::Layers { erofs, upper } => {
@@ -123,7 +123,7 @@ impl Sandbox {
                     .map(|index| Fd(u32::try_from(index).unwrap_or(u32::MAX)));
                 let contents = BlockContents::Partitions(indexes.collect());
                 let disk = self
-                    .attach_disk("layers", contents, true, &descriptors, slots)
+                    .attach_disk("layers", contents, true, &descriptors, holdings)
                     .await?;
                 for number in 1..=files.len() {
                     rootfs.layers.push(Layer {
@@ -139,7 +139,7 @@ impl Sandbox {
                         let upper = blocking(move || disk::fresh(&directory, mib)).await?;
                         let contents = BlockContents::File(Fd(0));
                         WireUpper::Ext4Device(
-                            self.attach_disk("upper", contents, false, &[upper.as_fd()], slots)
+                            self.attach_disk("upper", contents, false, &[upper.as_fd()], holdings)
                                 .await?,
                         )
                     }

@@ -1,6 +1,10 @@
 //! Devices that come and go while the microVM runs.
 
-use std::{os::fd::BorrowedFd, path::Path, sync::PoisonError};
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    sync::{Arc, PoisonError},
+};
 
 use caisson_fs::Share;
 use caisson_protocol::{
@@ -9,7 +13,7 @@ use caisson_protocol::{
 };
 use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig, Fd, Request, Response};
 
-use super::{Sandbox, blocking, lie, process, unexpected};
+use super::{Holdings, Sandbox, blocking, lie, process, unexpected};
 use crate::{
     cgroup,
     error::Error,
@@ -25,9 +29,9 @@ impl Sandbox {
         contents: BlockContents,
         read_only: bool,
         fds: &[BorrowedFd<'_>],
-        slots: &mut Vec<u32>,
+        holdings: &mut Holdings,
     ) -> Result<String, Error> {
-        let serial = format!("{kind}-{}", slots.len());
+        let serial = format!("{kind}-{}", holdings.slots.len());
         let device = DeviceConfig::Block(BlockConfig {
             serial: serial.clone(),
             contents,
@@ -35,7 +39,7 @@ impl Sandbox {
             rate_limit: None,
         });
         let slot = self.attach("attach a disk", device, fds).await?;
-        slots.push(slot);
+        holdings.slots.push(slot);
         let node = self.bind(slot, Expect::BlockSerial(serial)).await?;
         let plain = node.strip_prefix("/dev/").is_some_and(|name| {
             !name.is_empty()
@@ -76,8 +80,26 @@ impl Sandbox {
         Ok(response.device)
     }
 
-    /// Takes devices away again. What fails here ends with the VM.
-    pub(super) async fn detach(&self, slots: &[u32]) {
+    /// Takes away what a container held. What fails here ends with the VM.
+    pub(super) async fn release(&self, holdings: Holdings) {
+        self.detach(&holdings.slots).await;
+        let shares = self.shares.lock().await.clone();
+        if let Some(shares) = shares.filter(|_| !holdings.shares.is_empty()) {
+            let removed = blocking(move || {
+                for index in holdings.shares {
+                    if let Err(error) = shares.remove(index) {
+                        log::warn!("{error}");
+                    }
+                }
+                Ok(())
+            });
+            if let Err(error) = removed.await {
+                log::warn!("{error}");
+            }
+        }
+    }
+
+    async fn detach(&self, slots: &[u32]) {
         for slot in slots.iter().copied() {
             let request = UnbindDeviceRequest {
                 slot,
@@ -101,22 +123,30 @@ impl Sandbox {
     }
 
     /// Shares a host path with the guest and returns its name there.
-    pub(super) async fn share(&self, source: &Path, share: Share) -> Result<String, Error> {
-        let mut guard = self.shares.lock().await;
-        let mut shares = match guard.take() {
-            Some(shares) => shares,
-            None => self.start_file_server().await?,
+    pub(super) async fn share(
+        &self,
+        source: &Path,
+        share: Share,
+        holdings: &mut Holdings,
+    ) -> Result<String, Error> {
+        let shares = {
+            let mut place = self.shares.lock().await;
+            match place.as_ref() {
+                Some(shares) => shares.clone(),
+                None => {
+                    let shares = Arc::new(self.start_file_server().await?);
+                    *place = Some(shares.clone());
+                    shares
+                }
+            }
         };
         let source = source.to_owned();
-        let (shares, entry) = blocking(move || {
-            let entry = shares.add(&source, share);
-            Ok((shares, entry))
-        })
-        .await?;
-        *guard = Some(shares);
-        entry
+        let index = blocking(move || shares.add(&source, share)).await?;
+        holdings.shares.push(index);
+        Ok(index.to_string())
     }
 
+    /// Starts the file server and gives it to the guest; nothing of it is left after an error.
     async fn start_file_server(&self) -> Result<Shares, Error> {
         let program = self.config.file_server.clone();
         let (shares, socket) = blocking(move || Shares::start(&program)).await?;
@@ -128,14 +158,15 @@ impl Sandbox {
             queues: shares::QUEUES,
         };
         let slot = self
-            .attach(
-                "attach the shared directories",
-                device,
-                &[shares::descriptor(&socket)],
-            )
+            .attach("attach the shared directories", device, &[socket.as_fd()])
             .await?;
-        self.bind(slot, Expect::FsTag(SHARE_TAG.to_owned())).await?;
-        Ok(shares)
+        match self.bind(slot, Expect::FsTag(SHARE_TAG.to_owned())).await {
+            Ok(_) => Ok(shares),
+            Err(error) => {
+                self.detach(&[slot]).await;
+                Err(error)
+            }
+        }
     }
 
     fn remember(&self, resource: Option<Resource>) -> Result<(), Error> {

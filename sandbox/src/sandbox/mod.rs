@@ -38,14 +38,23 @@ use events::forward_events;
 
 /// Events that may wait for the sandbox's owner.
 const EVENT_QUEUE: usize = 256;
+/// What a container has of the sandbox's devices and shares.
+#[derive(Debug, Default)]
+struct Holdings {
+    /// Slots of its disks.
+    slots: Vec<u32>,
+    /// Entries of the share.
+    shares: Vec<u32>,
+}
+
 /// A running sandbox.
 pub struct Sandbox {
     config: Config,
     vmm: Arc<Vmm>,
     agent: Agent,
     record: StdMutex<Record>,
-    shares: Mutex<Option<Shares>>,
-    containers: StdMutex<HashMap<String, Vec<u32>>>,
+    shares: Mutex<Option<Arc<Shares>>>,
+    containers: StdMutex<HashMap<String, Holdings>>,
     vsock: PathBuf,
     hello: HelloResponse,
 }

@@ -132,14 +132,14 @@ impl Sandbox {
                 client.delete_container(context, &request).await
             })
             .await?;
-        let slots = {
+        let holdings = {
             let mut containers = self
                 .containers
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             containers.remove(container).unwrap_or_default()
         };
-        self.detach(&slots).await;
+        self.release(holdings).await;
         Ok(exit_of(&exit))
     }
 
