@@ -21,3 +21,4 @@ mod run_flags;
 mod run_resources;
 mod run_volumes;
 mod terminal;
+mod vmm;

@@ -39,6 +39,7 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_VERSION_1: u64 = 1 << 32;
 
 const STATUS_FEATURES_OK: u32 = 8;
+const STATUS_ACKNOWLEDGE: u32 = 1;
 const STATUS_DRIVER_OK: u32 = 4;
 const STATUS_NEEDS_RESET: u32 = 0x40;
 
@@ -178,9 +179,10 @@ impl Transport {
         self.status() & STATUS_DRIVER_OK != 0
     }
 
-    /// No driver has touched the device since its reset.
+    /// No driver has taken the device since its reset. Linux acknowledges a device again after its
+    /// driver has gone.
     pub fn is_unbound(&self) -> bool {
-        self.status() == 0
+        self.status() & !STATUS_ACKNOWLEDGE == 0
     }
 
     /// The guest reads from the slot.
