@@ -270,6 +270,13 @@ pub fn command() -> Command {
             Command::new("check")
                 .about("Tell whether this host can run microVMs, and what to do if not")
                 .arg(format()),
+            Command::new("config")
+                .about("Check the host's configuration and list the files it was read from")
+                .arg(switch(
+                    "effective",
+                    None,
+                    "Print every setting as it counts, and where it comes from",
+                )),
             Command::new("version")
                 .about("Print versions")
                 .arg(format()),

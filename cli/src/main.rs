@@ -4,6 +4,7 @@
 mod arguments;
 mod attach;
 mod check;
+mod config;
 mod container;
 mod error;
 mod exec;
@@ -68,6 +69,7 @@ fn dispatch(verb: &str, matches: &clap::ArgMatches) -> Result<u8, Error> {
         "load" => images::load(matches),
         "rmi" => images::remove(matches),
         "check" => check::run(matches),
+        "config" => config::run(matches),
         "version" => version::run(matches),
         other => Err(Error::Usage(format!("unknown command \"{other}\""))),
     }

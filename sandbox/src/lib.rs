@@ -20,7 +20,7 @@ mod spec;
 mod vmm;
 mod vsock;
 
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, Effective, Origin, Setting};
 pub use deadline::scaled;
 pub use error::{AgentErrorKind, Error};
 pub use record::RecordError;

@@ -11,6 +11,7 @@
 mod bad_images;
 mod bad_input;
 mod check;
+mod configuration;
 mod crash;
 mod exec;
 mod images;

@@ -1,0 +1,251 @@
+//! Files, one over the other.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use toml::{Spanned, Table, Value};
+
+use super::{Config, ConfigError, Effective, Origin, Setting};
+
+/// The configuration in `directory`.
+pub fn merged(directory: &Path) -> Result<Effective, ConfigError> {
+    let mut table = Table::new();
+    let mut origins = BTreeMap::new();
+    let mut files = Vec::new();
+    for path in list(directory)? {
+        let Some(text) = read(&path)? else { continue };
+        for (key, value, line) in parse(&path, &text)? {
+            origins.insert(
+                key.clone(),
+                Origin::File {
+                    path: path.clone(),
+                    line,
+                },
+            );
+            table.insert(key, value);
+        }
+        files.push(path);
+    }
+    // Each key has been tried by itself, and none depends on another's presence.
+    let config: Config = table.try_into().map_err(|error| ConfigError::Read {
+        path: directory.to_owned(),
+        source: io::Error::other(error),
+    })?;
+    let settings = settings(directory, &config, &origins)?;
+    config.check(&settings)?;
+    Ok(Effective {
+        config,
+        settings,
+        files,
+    })
+}
+
+/// `config.toml`, then the drop-ins by name.
+fn list(directory: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let drop_ins = directory.join("config.d");
+    let failed = |source| ConfigError::Read {
+        path: drop_ins.clone(),
+        source,
+    };
+    let mut found = Vec::new();
+    match fs::read_dir(&drop_ins) {
+        Ok(entries) => {
+            for entry in entries {
+                let path = entry.map_err(failed)?.path();
+                let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+                // What editors leave beside a file begins with a dot or ends otherwise.
+                if name.ends_with(b".toml") && !name.starts_with(b".") {
+                    found.push(path);
+                }
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    found.sort();
+    found.insert(0, directory.join("config.toml"));
+    Ok(found)
+}
+
+fn read(path: &Path) -> Result<Option<String>, ConfigError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Keys of a file with their values and lines; every one is known and of the right type.
+fn parse(path: &Path, text: &str) -> Result<Vec<(String, Value, usize)>, ConfigError> {
+    let line_at = |offset: usize| {
+        let before = text.as_bytes().iter().take(offset);
+        before.filter(|byte| **byte == b'\n').count() + 1
+    };
+    let origin = |line| Origin::File {
+        path: path.to_owned(),
+        line,
+    };
+    let values: BTreeMap<String, Spanned<Value>> =
+        toml::from_str(text).map_err(|error| ConfigError::Syntax {
+            origin: origin(line_at(error.span().unwrap_or_default().start)),
+            reason: error.message().to_owned(),
+        })?;
+    let mut parsed = Vec::with_capacity(values.len());
+    for (key, value) in values {
+        let line = line_at(value.span().start);
+        let value = value.into_inner();
+        let mut alone = Table::new();
+        alone.insert(key.clone(), value.clone());
+        if let Err(error) = alone.try_into::<Config>() {
+            return Err(ConfigError::Key {
+                origin: origin(line),
+                key,
+                reason: error.message().to_owned(),
+            });
+        }
+        parsed.push((key, value, line));
+    }
+    Ok(parsed)
+}
+
+fn settings(
+    directory: &Path,
+    config: &Config,
+    origins: &BTreeMap<String, Origin>,
+) -> Result<Vec<Setting>, ConfigError> {
+    // A path that is not UTF-8 cannot come from a file, but from where the program is installed.
+    let text = toml::to_string(config).map_err(|error| ConfigError::Read {
+        path: directory.to_owned(),
+        source: io::Error::other(error),
+    })?;
+    let pairs = text.lines().filter_map(|line| line.split_once(" = "));
+    Ok(pairs
+        .map(|(key, value)| Setting {
+            key: key.to_owned(),
+            value: value.to_owned(),
+            origin: origins.get(key).cloned().unwrap_or(Origin::Default),
+        })
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Files(tempfile::TempDir);
+
+    impl Files {
+        fn new(files: &[(&str, &str)]) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            fs::create_dir(directory.path().join("config.d")).unwrap();
+            for (name, text) in files {
+                fs::write(directory.path().join(name), text).unwrap();
+            }
+            Self(directory)
+        }
+
+        fn load(&self) -> Result<Effective, ConfigError> {
+            Config::effective(Some(self.0.path()))
+        }
+    }
+
+    fn message(text: &str) -> String {
+        let files = Files::new(&[("config.toml", text)]);
+        let message = files.load().unwrap_err().to_string();
+        assert!(message.contains("/config.toml:"), "{message}");
+        message
+    }
+
+    #[test]
+    fn without_files_there_are_defaults() {
+        let effective = Config::effective(Some(Path::new("/nowhere"))).unwrap();
+        assert_eq!(effective.config, Config::default());
+        assert_eq!(effective.files, Vec::<PathBuf>::new());
+        assert!(
+            effective
+                .settings
+                .iter()
+                .all(|s| s.origin == Origin::Default)
+        );
+    }
+
+    #[test]
+    fn later_files_override_key_by_key() {
+        let files = Files::new(&[
+            ("config.toml", "kernel = \"/k\"\ndefault_vcpus = 2\n"),
+            ("config.d/20-b.toml", "\n\ndefault_vcpus = 4\n"),
+            ("config.d/10-a.toml", "default_vcpus = 3\nmax_vcpus = 5\n"),
+            ("config.d/30-c.toml.orig", "no TOML"),
+            ("config.d/.40-d.toml", "no TOML"),
+        ]);
+        let effective = files.load().unwrap();
+        let config = &effective.config;
+        assert_eq!(config.kernel, Path::new("/k"));
+        assert_eq!((config.default_vcpus, config.max_vcpus), (4, 5));
+        assert_eq!(config.run_dir, Path::new("/run/caisson"));
+        let path = |name: &str| files.0.path().join(name);
+        assert_eq!(
+            effective.files,
+            [
+                path("config.toml"),
+                path("config.d/10-a.toml"),
+                path("config.d/20-b.toml")
+            ]
+        );
+        let of = |key: &str| {
+            let setting = effective.settings.iter().find(|s| s.key == key).unwrap();
+            (setting.value.as_str(), setting.origin.to_string())
+        };
+        let b = format!("{}:3", path("config.d/20-b.toml").display());
+        assert_eq!(of("default_vcpus"), ("4", b));
+        assert_eq!(of("kernel").0, "\"/k\"");
+        assert_eq!(of("uid_base").1, "default");
+    }
+
+    #[test]
+    fn what_is_printed_can_be_read_again() {
+        let quoted = r#"kernel_parameters = "a=\"b c\" d\\e""#;
+        let files = Files::new(&[("config.toml", quoted)]);
+        let first = files.load().unwrap();
+        let lines = first
+            .settings
+            .iter()
+            .map(|s| format!("{} = {}\n", s.key, s.value));
+        let again = Files::new(&[("config.toml", &lines.collect::<String>())]);
+        assert_eq!(again.load().unwrap().config, first.config);
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_line() {
+        let unknown = message("\nkernle = \"/k\"");
+        assert!(
+            unknown.contains(":2: the key kernle: unknown field"),
+            "{unknown}"
+        );
+        let wrong = message("# size\n\ndefault_vcpus = \"two\"");
+        assert!(wrong.contains(":3: the key default_vcpus: "), "{wrong}");
+        assert!(message("max_vcpus = 300").contains(":1: the key max_vcpus: "));
+        let syntax = message("kernel = \"/k\"\nmax_vcpus = = 3\n");
+        assert!(syntax.contains(":2: this is no TOML: "), "{syntax}");
+        assert!(message("max_vcpus = 3\nmax_vcpus = 4").contains(":2: this is no TOML: "));
+        assert!(message("[guest]\nkernel = \"/k\"").contains("guest"));
+    }
+
+    #[test]
+    fn unreadable_files_are_named() {
+        let files = Files::new(&[]);
+        fs::create_dir(files.0.path().join("config.toml")).unwrap();
+        let message = files.load().unwrap_err().to_string();
+        assert!(message.contains("/config.toml: "), "{message}");
+        let files = Files::new(&[("config.d/a.toml", "x")]);
+        fs::write(files.0.path().join("config.d/a.toml"), [0xFF]).unwrap();
+        let message = files.load().unwrap_err().to_string();
+        assert!(message.contains("/config.d/a.toml: "), "{message}");
+    }
+}
