@@ -73,10 +73,15 @@ fn pod_of(bundle: &Path) -> Result<Option<String>, Error> {
             path.display()
         ))
     })?;
-    let annotations = spec.annotations().clone().unwrap_or_default();
-    Ok(POD_ANNOTATIONS
+    Ok(pod_in(&spec).cloned())
+}
+
+/// The pod that a container belongs to, if it belongs to one.
+pub fn pod_in(spec: &Spec) -> Option<&String> {
+    let annotations = spec.annotations().as_ref()?;
+    POD_ANNOTATIONS
         .iter()
-        .find_map(|name| annotations.get(*name).cloned()))
+        .find_map(|name| annotations.get(*name))
 }
 
 /// A short name, as socket paths must not exceed 107 bytes (unix(7)).

@@ -172,7 +172,7 @@ pub(super) async fn boot(
         }
     }
     let spawned = begin.elapsed();
-    let (request, fds) = boot_request(config, size, assets, &listener);
+    let (request, fds) = boot_request(config, spec, size, assets, &listener);
     vmm.call("boot", request, &fds).await?;
     let booting = begin.elapsed();
     let (agent, hello) = Agent::connect(&vsock, vmm.clone()).await?;
@@ -214,6 +214,7 @@ async fn log_stages(vmm: &Vmm, hello: &HelloResponse, host: [Duration; 4]) {
 
 fn boot_request<'a>(
     config: &Config,
+    spec: &SandboxSpec,
     size: Size,
     assets: &'a Assets,
     listener: &'a UnixListener,
@@ -226,7 +227,8 @@ fn boot_request<'a>(
     ];
     let mut cmdline = String::from(
         "root=/dev/vda ro rootfstype=erofs init=/sbin/caisson-agent console=hvc0 quiet \
-         reboot=k panic=-1 noreplace-smp swiotlb=noforce 8250.nr_uarts=0 random.trust_cpu=on",
+         reboot=k panic=-1 noreplace-smp swiotlb=noforce 8250.nr_uarts=0 random.trust_cpu=on \
+         dummy.numdummies=0 ifb.numifbs=0",
     );
     if !config.kernel_parameters.is_empty() {
         cmdline.push(' ');
@@ -240,11 +242,10 @@ fn boot_request<'a>(
             boot: size.vcpus,
             max: size.vcpus,
         },
-        // Shared, so that a file server can be attached at any time.
         memory: MemoryConfig {
             boot_mib: size.memory_mib,
             hotplug_mib: 0,
-            shared: true,
+            shared: spec.shares_directories,
         },
         devices: vec![
             DeviceConfig::Block(BlockConfig {

@@ -129,6 +129,12 @@ impl Sandbox {
         share: Share,
         holdings: &mut Holdings,
     ) -> Result<String, Error> {
+        if !self.shares_directories {
+            return Err(Error::Invalid(format!(
+                "{} cannot be shared: this microVM was booted for containers without host directories",
+                source.display()
+            )));
+        }
         let shares = {
             let mut place = self.shares.lock().await;
             match place.as_ref() {

@@ -53,6 +53,8 @@ pub struct Sandbox {
     vmm: Arc<Vmm>,
     agent: Agent,
     record: StdMutex<Record>,
+    /// See [`SandboxSpec::shares_directories`].
+    shares_directories: bool,
     shares: Mutex<Option<Arc<Shares>>>,
     containers: StdMutex<HashMap<String, Holdings>>,
     vsock: PathBuf,
@@ -80,6 +82,7 @@ impl Sandbox {
                     vmm,
                     agent,
                     record: StdMutex::new(record),
+                    shares_directories: spec.shares_directories,
                     shares: Mutex::new(None),
                     containers: StdMutex::default(),
                     vsock,

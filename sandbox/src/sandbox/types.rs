@@ -2,9 +2,10 @@
 
 use std::{path::PathBuf, time::SystemTime};
 
+use oci_spec::runtime::Spec;
 use tokio::net::UnixStream;
 
-use crate::vmm::Gone;
+use crate::{spec::host_binds, vmm::Gone};
 
 /// A sandbox to be started.
 #[derive(Debug, Clone, Default)]
@@ -27,6 +28,9 @@ pub struct SandboxSpec {
     pub dns_options: Vec<String>,
     /// Containers see each other's processes.
     pub shared_pid_namespace: bool,
+    /// Host directories may be shared with it, now or later. Its memory is then a file that a file
+    /// server can map, at the price of a copy of the kernel in each VM.
+    pub shares_directories: bool,
 }
 
 /// A container to be created.
@@ -56,6 +60,14 @@ pub enum RootfsSource {
     },
     /// A directory of the host, served as it is.
     Directory(PathBuf),
+}
+
+impl RootfsSource {
+    /// A container of this specification with this root file system needs the file server: see
+    /// [`SandboxSpec::shares_directories`].
+    pub fn shares_directories(&self, spec: &Spec) -> bool {
+        matches!(self, Self::Directory(_)) || !host_binds(spec).is_empty()
+    }
 }
 
 /// The writable part of a root file system.
@@ -173,4 +185,26 @@ pub struct ProcessInfo {
     pub exec: String,
     /// Its command line.
     pub command: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_directories_are_told_from_disks() {
+        let spec = |mounts: &str| -> Spec {
+            serde_json::from_str(&format!(r#"{{"ociVersion":"1.2.0","mounts":{mounts}}}"#)).unwrap()
+        };
+        let plain = spec(r#"[{"destination":"/proc","type":"proc","source":"proc"}]"#);
+        let bound =
+            spec(r#"[{"destination":"/d","type":"bind","source":"/srv","options":["ro"]}]"#);
+        let disks = RootfsSource::Layers {
+            erofs: vec!["/layer".into()],
+            upper: Upper::ReadOnly,
+        };
+        assert!(!disks.shares_directories(&plain));
+        assert!(disks.shares_directories(&bound));
+        assert!(RootfsSource::Directory("/rootfs".into()).shares_directories(&plain));
+    }
 }

@@ -65,6 +65,7 @@ impl Host {
     ) -> Result<(Sandbox, mpsc::Receiver<Event>), Error> {
         let spec = SandboxSpec {
             id: self.id.clone(),
+            shares_directories: true,
             ..spec
         };
         Sandbox::start(&self.config, spec).await

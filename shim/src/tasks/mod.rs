@@ -15,7 +15,7 @@ use std::{
 };
 
 use caisson_sandbox::{
-    Config, ContainerSpec, Created, ProcessInfo, SandboxSpec, StatsResponse, scaled,
+    Config, ContainerSpec, Created, ProcessInfo, RootfsSource, SandboxSpec, StatsResponse, scaled,
 };
 use containerd_shim_protos::{
     api::Mount,
@@ -32,6 +32,7 @@ use crate::{
     process::{Exit, Process, Stage},
     rootfs,
     size::Size,
+    start::pod_in,
     stdio::{Host, Paths},
 };
 
@@ -156,7 +157,11 @@ impl Tasks {
     }
 
     /// The pod, booted for the first container.
-    async fn booted(self: &Arc<Self>, spec: &Spec) -> Result<Arc<dyn Pod>, Error> {
+    async fn booted(
+        self: &Arc<Self>,
+        spec: &Spec,
+        rootfs: &RootfsSource,
+    ) -> Result<Arc<dyn Pod>, Error> {
         let mut place = self.pod.lock().await;
         if *self.stopping.borrow() {
             return Err(Error::Stopping);
@@ -173,6 +178,8 @@ impl Tasks {
             hostname: spec.hostname().clone().unwrap_or_default(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
+            // What a pod's later containers want is not known yet.
+            shares_directories: pod_in(spec).is_some() || rootfs.shares_directories(spec),
             ..Default::default()
         };
         let mut stopping = self.stopping.subscribe();
@@ -282,28 +289,33 @@ impl Tasks {
             .as_ref()
             .and_then(|process| process.console_size());
         let size = console.map_or((0, 0), |size| (clip(size.height()), clip(size.width())));
-        let pod = self.booted(&spec).await?;
         let (config, bundle, mounts) = (
             self.config.clone(),
             request.bundle.clone(),
             request.rootfs.clone(),
         );
-        let rootfs = blocking(move || rootfs::prepare(&config, &bundle, &spec, &mounts)).await?;
-        let created = pod
-            .create_container(ContainerSpec {
+        let (spec, rootfs) = blocking(move || {
+            let rootfs = rootfs::prepare(&config, &bundle, &spec, &mounts)?;
+            Ok((spec, rootfs))
+        })
+        .await?;
+        let created = async {
+            let pod = self.booted(&spec, &rootfs).await?;
+            let container = ContainerSpec {
                 id: request.id.clone(),
                 spec_json,
                 rootfs,
                 stdio: request.paths.wanted(size),
                 pod_files: true,
-            })
-            .await;
-        match created {
+            };
             // A process of the guest means nothing to the host; its machine's does.
-            Ok(created) => Ok((host, created, pod.vmm_pid())),
+            Ok((pod.create_container(container).await?, pod.vmm_pid()))
+        };
+        match created.await {
+            Ok((created, pid)) => Ok((host, created, pid)),
             Err(error) => {
                 release_rootfs(&request.bundle).await;
-                Err(error.into())
+                Err(error)
             }
         }
     }

@@ -294,10 +294,7 @@ fn a_guest_that_ends_says_how() {
     let host = Host::claim();
     for (script, expected) in [
         ("exit 3", ExitReason::GuestPanic),
-        (
-            "reboot -f",
-            ExitReason::GuestShutdown,
-        ),
+        ("reboot -f", ExitReason::GuestShutdown),
     ] {
         let root = root_image(&host, script);
         let mut plan = Plan::new(&host);
