@@ -2,11 +2,17 @@
 
 use std::{
     fs, io,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     time::{Duration, Instant},
 };
 
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// Controllers that the sandbox's limits need.
+const CONTROLLERS: [&str; 2] = ["cpu", "memory"];
+
+/// Period of the CPU limit, µs: the kernel's own default.
+const PERIOD: u64 = 100_000;
 
 /// Directory for the cgroup of sandbox `id`; None where cgroup v2 is not mounted on its own
 /// (v1 or hybrid hosts): the sandbox then stays in its parent's.
@@ -20,7 +26,46 @@ pub fn path_for(id: &str, parent: Option<&Path>) -> Option<PathBuf> {
     Some(Path::new(ROOT).join(parent).join(id))
 }
 
-/// Makes the cgroup and puts `pid` into it.
+/// The cgroup that holds the container whose specification has this `linux.cgroupsPath`: as in
+/// /proc/self/cgroup. None: it says nothing of it.
+///
+/// A path as it is for cgroup drivers that use the file system; `slice:prefix:name` for systemd,
+/// where a dash in a slice's name stands for a level (systemd.slice(5)).
+pub fn parent_of(cgroups_path: &Path) -> Option<PathBuf> {
+    let text = cgroups_path.to_str()?;
+    let parent = match text.split_once(':') {
+        Some((slice, rest)) if rest.contains(':') => slice_path(slice)?,
+        _ => cgroups_path.parent()?.to_owned(),
+    };
+    let plain = parent
+        .components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::RootDir));
+    let parent = Path::new("/").join(parent);
+    (plain && parent != Path::new("/")).then_some(parent)
+}
+
+fn slice_path(slice: &str) -> Option<PathBuf> {
+    let name = match slice {
+        "" => "system",
+        slice => slice.strip_suffix(".slice")?,
+    };
+    let mut path = PathBuf::new();
+    for (dash, _) in name.match_indices('-') {
+        path.push(format!("{}.slice", &name[..dash]));
+    }
+    path.push(format!("{name}.slice"));
+    Some(path)
+}
+
+/// The cgroups above `path` that are not there yet, the uppermost first.
+pub fn missing_parents(path: &Path) -> Vec<PathBuf> {
+    let missing = path.ancestors().skip(1).take_while(|path| !path.exists());
+    let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
+    missing.reverse();
+    missing
+}
+
+/// Makes the cgroup, with controllers as far as the host lets us.
 ///
 /// # Errors
 /// The host does not let us (a container without delegation): the caller goes on without.
@@ -29,10 +74,33 @@ pub fn create(path: &Path) -> io::Result<()> {
         match fs::create_dir_all(path) {
             // Another sandbox that ended has just removed the parent.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            result => return result,
+            Err(error) => return Err(error),
+            Ok(()) => {
+                enable_controllers(path);
+                return Ok(());
+            }
         }
     }
     Err(io::ErrorKind::NotFound.into())
+}
+
+/// From the root down to the parent of `path`. Where it fails, [`limit`] tells.
+fn enable_controllers(path: &Path) {
+    let mut above: Vec<&Path> = path
+        .ancestors()
+        .skip(1)
+        .take_while(|path| path.starts_with(ROOT))
+        .collect();
+    above.reverse();
+    for directory in above {
+        let file = directory.join("cgroup.subtree_control");
+        let enabled = fs::read_to_string(&file).unwrap_or_default();
+        for controller in CONTROLLERS {
+            if !enabled.split_whitespace().any(|word| word == controller) {
+                let _ = fs::write(&file, format!("+{controller}"));
+            }
+        }
+    }
 }
 
 /// Puts `pid` into the cgroup.
@@ -43,7 +111,25 @@ pub fn add(path: &Path, pid: u32) -> io::Result<()> {
     fs::write(path.join("cgroup.procs"), pid.to_string())
 }
 
-/// Kills what is in it, removes it and a parent that has become empty.
+/// Bounds the memory of all processes in the cgroup.
+///
+/// # Errors
+/// The host has not given the controller to the parent.
+pub fn limit_memory(path: &Path, mib: u64) -> io::Result<()> {
+    let file = path.join("memory.max");
+    fs::write(file, (mib << 20).to_string())
+}
+
+/// Bounds the CPU time of all processes in the cgroup.
+///
+/// # Errors
+/// As [`limit_memory`].
+pub fn limit_cpu(path: &Path, millicpus: u64) -> io::Result<()> {
+    let quota = millicpus.saturating_mul(PERIOD / 1000);
+    fs::write(path.join("cpu.max"), format!("{quota} {PERIOD}"))
+}
+
+/// Kills what is in it and removes it.
 ///
 /// # Errors
 /// It is still in use at the deadline.
@@ -52,15 +138,58 @@ pub fn remove(path: &Path, deadline: Instant) -> io::Result<()> {
         // Not there on kernels before 5.14, where the processes were killed one by one before.
         let _ = fs::write(path.join("cgroup.kill"), "1");
         match fs::remove_dir(path) {
-            Ok(()) => break,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) if Instant::now() > deadline => return Err(error),
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
         }
     }
-    if let Some(parent) = path.parent().filter(|parent| parent.ends_with("caisson")) {
-        // Fails while another sandbox has its cgroup there.
-        let _ = fs::remove_dir(parent);
+}
+
+/// Removes a cgroup that was made on the way to a sandbox's, unless somebody uses it.
+pub fn remove_unused(path: &Path) {
+    // Fails while another sandbox has its cgroup there.
+    let _ = fs::remove_dir(path);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_by_either_driver() {
+        let of = |path: &str| parent_of(Path::new(path)).map(|path| path.display().to_string());
+        let some = |path: &str| Some(path.to_owned());
+        assert_eq!(
+            of("/kubepods/burstable/pod7/abc"),
+            some("/kubepods/burstable/pod7")
+        );
+        assert_eq!(of("default/abc"), some("/default"));
+        assert_eq!(
+            of("kubepods-burstable-pod7.slice:cri-containerd:abc"),
+            some("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod7.slice")
+        );
+        assert_eq!(of("system.slice:docker:abc"), some("/system.slice"));
+        assert_eq!(of(":docker:abc"), some("/system.slice"));
+        for nothing in [
+            "",
+            "/abc",
+            "abc",
+            "/a/../../b/c",
+            "noslice:x:y",
+            "/a/b:c/../d",
+        ] {
+            assert_eq!(of(nothing), None, "{nothing}");
+        }
     }
-    Ok(())
+
+    #[test]
+    fn what_is_missing_is_listed_from_above() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b/c");
+        let expected = [directory.path().join("a"), directory.path().join("a/b")];
+        assert_eq!(missing_parents(&path), expected);
+        fs::create_dir_all(&path).unwrap();
+        assert_eq!(missing_parents(&path), Vec::<PathBuf>::new());
+    }
 }

@@ -16,10 +16,12 @@ mod error;
 mod record;
 mod sandbox;
 mod shares;
+mod size;
 mod spec;
 mod vmm;
 mod vsock;
 
+pub use cgroup::parent_of as cgroup_parent;
 pub use config::{Config, ConfigError, Effective, Origin, Setting};
 pub use deadline::scaled;
 pub use error::{AgentErrorKind, Error};
@@ -28,6 +30,7 @@ pub use sandbox::{
     ContainerSpec, Created, Event, Exit, ProcessInfo, RootfsSource, Sandbox, SandboxSpec, State,
     Status, Stdio, Streams, Upper, cleanup,
 };
+pub use size::Size;
 pub use vmm::Gone;
 
 /// The agent's messages that callers pass through.

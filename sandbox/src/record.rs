@@ -63,6 +63,8 @@ pub enum Resource {
     },
     /// A cgroup directory and all in it.
     Cgroup(PathBuf),
+    /// A cgroup above the sandbox's that was not there; it stays while others use it.
+    CgroupParent(PathBuf),
     /// An empty directory, or one that is empty once the sandbox is gone.
     Directory(PathBuf),
 }
@@ -223,6 +225,7 @@ impl Record {
                         source,
                     })?;
                 }
+                Resource::CgroupParent(path) => cgroup::remove_unused(path),
                 Resource::Directory(path) => remove_directory(path)?,
             }
         }

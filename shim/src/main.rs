@@ -21,7 +21,6 @@ mod process;
 mod rootfs;
 mod server;
 mod service;
-mod size;
 mod start;
 mod stdio;
 mod tasks;

@@ -21,5 +21,6 @@ mod logs;
 mod run_flags;
 mod run_resources;
 mod run_volumes;
+mod sizing;
 mod terminal;
 mod vmm;

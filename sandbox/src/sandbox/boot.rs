@@ -15,58 +15,19 @@ use caisson_vmm_api::{
     VcpuConfig,
 };
 
-use super::{SandboxSpec, process};
+use super::{SandboxSpec, process, sizing::Sizing};
 use crate::{
     agent::Agent,
     cgroup,
     config::Config,
     error::Error,
     record::{self, Record, Resource},
+    size::Room,
     vmm::Vmm,
 };
 
 /// The guest's side of every vsock is this; each VM has a socket of its own, so all may share it.
 const GUEST_CID: u32 = 3;
-
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Size {
-    vcpus: u8,
-    memory_mib: u32,
-}
-
-impl Size {
-    pub(super) fn of(config: &Config, spec: &SandboxSpec) -> Result<Self, Error> {
-        let vcpus = if spec.vcpus == 0 {
-            config.default_vcpus
-        } else {
-            spec.vcpus
-        };
-        let memory_mib = if spec.memory_mib == 0 {
-            config.default_memory_mib
-        } else {
-            spec.memory_mib
-        };
-        if vcpus > config.max_vcpus {
-            return Err(Error::Invalid(format!(
-                "{vcpus} vCPUs are more than this host's configuration allows ({})",
-                config.max_vcpus
-            )));
-        }
-        if memory_mib < config.min_memory_mib {
-            return Err(Error::Invalid(format!(
-                "{memory_mib} MiB of memory are too little for a microVM to boot: {} MiB are the least",
-                config.min_memory_mib
-            )));
-        }
-        if memory_mib > config.max_memory_mib {
-            return Err(Error::Invalid(format!(
-                "{memory_mib} MiB of memory are more than this host's configuration allows ({} MiB)",
-                config.max_memory_mib
-            )));
-        }
-        Ok(Self { vcpus, memory_mib })
-    }
-}
 
 pub(super) struct Assets {
     kvm: File,
@@ -134,12 +95,20 @@ fn asset(
     Ok(file)
 }
 
-pub(super) type Booted = (Arc<Vmm>, Agent, HelloResponse, PathBuf);
+/// What a boot ends in.
+pub(super) struct Booted {
+    pub(super) vmm: Arc<Vmm>,
+    pub(super) agent: Agent,
+    pub(super) hello: HelloResponse,
+    /// The socket to the guest's ports.
+    pub(super) vsock: PathBuf,
+    pub(super) sizing: Sizing,
+}
 
 pub(super) async fn boot(
     config: &Config,
     spec: &SandboxSpec,
-    size: Size,
+    room: Room,
     assets: &Assets,
     record: &mut Record,
 ) -> Result<Booted, Error> {
@@ -150,8 +119,11 @@ pub(super) async fn boot(
         config.uid_base,
         config.uid_count,
     )?;
-    let cgroup = cgroup::path_for(&spec.id, spec.cgroup_parent.as_deref());
+    let mut cgroup = cgroup::path_for(&spec.id, spec.cgroup_parent.as_deref());
     if let Some(path) = &cgroup {
+        for parent in cgroup::missing_parents(path) {
+            record.add(Resource::CgroupParent(parent))?;
+        }
         record.add(Resource::Cgroup(path.clone()))?;
     }
     let vsock = record.directory().join("vsock.sock");
@@ -166,20 +138,28 @@ pub(super) async fn boot(
         let entered = cgroup::create(path).and_then(|()| cgroup::add(path, vmm.pid()));
         if let Err(error) = entered {
             log::warn!(
-                "the sandbox has no cgroup of its own ({}): {error}",
+                "the sandbox has no cgroup of its own, and no limits on the host ({}): {error}",
                 path.display()
             );
+            cgroup = None;
         }
     }
+    let sizing = Sizing::new(config, room, cgroup);
     let spawned = begin.elapsed();
-    let (request, fds) = boot_request(config, spec, size, assets, &listener);
+    let (request, fds) = boot_request(config, spec, room, assets, &listener);
     vmm.call("boot", request, &fds).await?;
     let booting = begin.elapsed();
     let (agent, hello) = Agent::connect(&vsock, vmm.clone()).await?;
     let answered = begin.elapsed();
     configure(&agent, spec).await?;
     log_stages(&vmm, &hello, [spawned, booting, answered, begin.elapsed()]).await;
-    Ok((vmm, agent, hello, vsock))
+    Ok(Booted {
+        vmm,
+        agent,
+        hello,
+        vsock,
+        sizing,
+    })
 }
 
 /// Where the time of a boot went, for whoever reads the log.
@@ -215,7 +195,7 @@ async fn log_stages(vmm: &Vmm, hello: &HelloResponse, host: [Duration; 4]) {
 fn boot_request<'a>(
     config: &Config,
     spec: &SandboxSpec,
-    size: Size,
+    room: Room,
     assets: &'a Assets,
     listener: &'a UnixListener,
 ) -> (Request, Vec<std::os::fd::BorrowedFd<'a>>) {
@@ -234,17 +214,22 @@ fn boot_request<'a>(
         cmdline.push(' ');
         cmdline.push_str(&config.kernel_parameters);
     }
-    let boot = BootConfig {
+    let growing = room.region_mib() > 0;
+    if growing {
+        // What is plugged can be unplugged again as far as it is movable.
+        cmdline.push_str(" memory_hotplug.online_policy=auto-movable");
+    }
+    let mut boot = BootConfig {
         kvm: Fd(0),
         kernel: Fd(1),
         cmdline,
         vcpus: VcpuConfig {
-            boot: size.vcpus,
-            max: size.vcpus,
+            boot: room.boot_vcpus,
+            max: room.max_vcpus,
         },
         memory: MemoryConfig {
-            boot_mib: size.memory_mib,
-            hotplug_mib: 0,
+            boot_mib: room.boot_mib,
+            hotplug_mib: room.region_mib(),
             shared: spec.shares_directories,
         },
         devices: vec![
@@ -264,6 +249,9 @@ fn boot_request<'a>(
             DeviceConfig::Balloon,
         ],
     };
+    if growing {
+        boot.devices.push(DeviceConfig::Mem);
+    }
     (Request::Boot(Box::new(boot)), fds)
 }
 

@@ -13,7 +13,7 @@ use super::{
     ContainerSpec, Created, Holdings, RootfsSource, Sandbox, Upper, blocking,
     process::stdio_message,
 };
-use crate::{disk, error::Error, spec};
+use crate::{disk, error::Error, size::Limits, spec};
 
 /// Most layers of an image (the GPT the VMM makes up has room for so many).
 const MAX_LAYERS: usize = 120;
@@ -26,6 +26,8 @@ impl Sandbox {
     pub async fn create_container(&self, request: ContainerSpec) -> Result<Created, Error> {
         let mut spec = spec::parse(&request.spec_json)?;
         spec::translate(&mut spec)?;
+        let limits = Limits::of(&spec);
+        self.make_room(&request.id, limits).await?;
         let mut holdings = Holdings::default();
         match self.create_with(&request, spec, &mut holdings).await {
             Ok(created) => {
@@ -38,6 +40,7 @@ impl Sandbox {
             }
             Err(error) => {
                 self.release(holdings).await;
+                self.take_room(&request.id).await;
                 Err(error)
             }
         }

@@ -5,6 +5,7 @@ mod container;
 mod devices;
 mod events;
 mod process;
+mod sizing;
 mod types;
 
 use std::{
@@ -31,13 +32,16 @@ use crate::{
     error::{AgentErrorKind, Error},
     record::{self, Record, Resource},
     shares::Shares,
+    size::Room,
     vmm::{Gone, Vmm},
 };
-use boot::{Assets, Size, boot};
+use boot::{Assets, Booted, boot};
 use events::forward_events;
+use sizing::Sizing;
 
 /// Events that may wait for the sandbox's owner.
 const EVENT_QUEUE: usize = 256;
+
 /// What a container has of the sandbox's devices and shares.
 #[derive(Debug, Default)]
 struct Holdings {
@@ -59,6 +63,7 @@ pub struct Sandbox {
     containers: StdMutex<HashMap<String, Holdings>>,
     vsock: PathBuf,
     hello: HelloResponse,
+    sizing: Sizing,
 }
 
 impl Sandbox {
@@ -70,11 +75,17 @@ impl Sandbox {
         config: &Config,
         spec: SandboxSpec,
     ) -> Result<(Self, mpsc::Receiver<Event>), Error> {
-        let size = Size::of(config, &spec)?;
+        let room = Room::of(config, spec.vcpus, spec.memory_mib)?;
         let assets = Assets::open(config)?;
         let mut record = Record::create(&config.run_dir, &spec.id)?;
-        match boot(config, &spec, size, &assets, &mut record).await {
-            Ok((vmm, agent, hello, vsock)) => {
+        match boot(config, &spec, room, &assets, &mut record).await {
+            Ok(Booted {
+                vmm,
+                agent,
+                hello,
+                vsock,
+                sizing,
+            }) => {
                 let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
                 tokio::spawn(forward_events(agent.clone(), vmm.clone(), sender));
                 let sandbox = Self {
@@ -87,6 +98,7 @@ impl Sandbox {
                     containers: StdMutex::default(),
                     vsock,
                     hello,
+                    sizing,
                 };
                 Ok((sandbox, receiver))
             }

@@ -8,7 +8,7 @@ use std::{
 use caisson_protocol::{
     agent::{
         CreateExecRequest, ProcessExit, ProcessId, ResizePtyRequest, SignalRequest, StatsRequest,
-        StatsResponse, StdioRequest, UpdateContainerRequest,
+        StatsResponse, StdioRequest,
     },
     stdio::{Stream, TOKEN_LEN},
 };
@@ -140,6 +140,7 @@ impl Sandbox {
             containers.remove(container).unwrap_or_default()
         };
         self.release(holdings).await;
+        self.take_room(container).await;
         Ok(exit_of(&exit))
     }
 
@@ -274,24 +275,6 @@ impl Sandbox {
                     }
                 },
             )
-            .await
-            .map(drop)
-    }
-
-    /// Changes limits of a container (OCI `linux.resources`).
-    ///
-    /// # Errors
-    /// A limit that cannot be set.
-    pub async fn update(&self, container: &str, resources_json: Vec<u8>) -> Result<(), Error> {
-        let request = UpdateContainerRequest {
-            container_id: container.to_owned(),
-            resources_json,
-            ..Default::default()
-        };
-        self.agent
-            .call("update the container", |client, context| async move {
-                client.update_container(context, &request).await
-            })
             .await
             .map(drop)
     }

@@ -10,6 +10,7 @@ mod agent;
 mod file_server;
 mod host;
 mod shares;
+mod sizing;
 mod start;
 mod vmm;
 
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     unsafe { std::env::set_var("CAISSON_TIMEOUT_SCALE", "0.1") };
     let mut trials = start::trials();
     trials.extend(shares::trials());
+    trials.extend(sizing::trials());
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 

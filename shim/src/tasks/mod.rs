@@ -15,7 +15,8 @@ use std::{
 };
 
 use caisson_sandbox::{
-    Config, ContainerSpec, Created, ProcessInfo, RootfsSource, SandboxSpec, StatsResponse, scaled,
+    Config, ContainerSpec, Created, ProcessInfo, RootfsSource, SandboxSpec, Size, StatsResponse,
+    cgroup_parent, scaled,
 };
 use containerd_shim_protos::{
     api::Mount,
@@ -31,7 +32,6 @@ use crate::{
     pod::{Pod, Pods},
     process::{Exit, Process, Stage},
     rootfs,
-    size::Size,
     start::pod_in,
     stdio::{Host, Paths},
 };
@@ -173,11 +173,14 @@ impl Tasks {
             };
         }
         let size = Size::of(&self.config, spec);
+        let linux = spec.linux().as_ref();
+        let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
         let request = SandboxSpec {
             id: self.identity.sandbox.clone(),
             hostname: spec.hostname().clone().unwrap_or_default(),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
+            cgroup_parent: cgroups_path.and_then(|path| cgroup_parent(path)),
             // What a pod's later containers want is not known yet.
             shares_directories: pod_in(spec).is_some() || rootfs.shares_directories(spec),
             ..Default::default()

@@ -1,0 +1,465 @@
+//! How large a microVM its containers need: at its boot, and while they come and go.
+
+use oci_spec::runtime::{LinuxResources, Spec};
+use serde::Deserialize;
+
+use crate::{config::Config, error::Error};
+
+const MIB: u64 = 1 << 20;
+
+/// Most vCPUs that a guest without a setting can grow to.
+const UNASKED_VCPUS: u8 = 8;
+
+/// Most memory that a guest without a setting can grow to, MiB. KVM and the guest keep tables of what
+/// may come.
+const UNASKED_MEMORY: u32 = 64 << 10;
+
+/// The region for growth is whole blocks of Linux, the largest of which is this, MiB.
+const REGION_STEP: u32 = 2 << 10;
+
+/// Memory is plugged in steps of this, MiB.
+const PLUG_STEP: u32 = 2;
+
+/// Annotations that tell a Kubernetes pod's first container, which only holds the pod, from others.
+const CONTAINER_TYPES: [&str; 2] = [
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+];
+
+/// CRI-O's names for what the containers of a pod may use together.
+const CRIO_RESOURCES: [&str; 2] = [
+    "pod-linux-resources.crio.io",
+    "io.kubernetes.cri-o.PodLinuxResources",
+];
+
+/// What a container may use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// CPU time, thousandths of a processor. None: no limit.
+    pub millicpus: Option<u64>,
+    /// Memory, bytes. None: no limit.
+    pub memory: Option<u64>,
+}
+
+impl Limits {
+    /// Limits of the container with this specification. None: it only holds a pod, and needs
+    /// nothing.
+    pub fn of(spec: &Spec) -> Option<Self> {
+        let annotation = |key: &&str| spec.annotations().as_ref()?.get(*key);
+        if CONTAINER_TYPES
+            .iter()
+            .filter_map(annotation)
+            .any(|kind| kind == "sandbox")
+        {
+            return None;
+        }
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        Some(resources.map_or_else(Self::default, |it| Self::default().updated(it)))
+    }
+
+    /// These limits with what `resources` says changed; what it leaves out stays.
+    pub fn updated(self, resources: &LinuxResources) -> Self {
+        let cpu = resources.cpu().as_ref();
+        let quota = cpu.and_then(|cpu| cpu.quota());
+        let memory = resources
+            .memory()
+            .as_ref()
+            .and_then(|memory| memory.limit());
+        Self {
+            millicpus: quota.map_or(self.millicpus, |quota| {
+                millicpus(Some(quota), cpu.and_then(|cpu| cpu.period()))
+            }),
+            memory: memory.map_or(self.memory, positive),
+        }
+    }
+
+    /// What the containers of a Kubernetes pod may use together, if its first container tells. That
+    /// one itself only holds the pod and has next to no limits of its own.
+    fn of_pod(spec: &Spec) -> Option<Self> {
+        let annotations = spec.annotations().as_ref()?;
+        let number = |name: &str| {
+            let text = annotations.get(&format!("io.kubernetes.cri.sandbox-{name}"))?;
+            text.parse::<i64>().ok()
+        };
+        let (quota, period, memory) = (number("cpu-quota"), number("cpu-period"), number("memory"));
+        if quota.is_some() || memory.is_some() {
+            return Some(Self {
+                millicpus: millicpus(quota, period.and_then(|period| period.try_into().ok())),
+                memory: memory.and_then(positive),
+            });
+        }
+        let text = CRIO_RESOURCES
+            .iter()
+            .find_map(|key| annotations.get(*key))?;
+        let told: CrioResources = serde_json::from_str(text).ok()?;
+        Some(Self {
+            millicpus: millicpus(Some(told.cpu_quota), told.cpu_period.try_into().ok()),
+            memory: positive(told.memory_limit_in_bytes),
+        })
+    }
+}
+
+/// What is needed of CRI's `LinuxContainerResources`; the rest is for containers.
+#[derive(Deserialize)]
+struct CrioResources {
+    #[serde(default)]
+    cpu_quota: i64,
+    #[serde(default)]
+    cpu_period: i64,
+    #[serde(default)]
+    memory_limit_in_bytes: i64,
+}
+
+/// Of a quota and a period in µs.
+fn millicpus(quota: Option<i64>, period: Option<u64>) -> Option<u64> {
+    let period = period.filter(|period| *period > 0).unwrap_or(100_000);
+    let quota = quota.and_then(positive)?;
+    Some(quota.saturating_mul(1000).div_ceil(period))
+}
+
+/// A limit; OCI writes none as 0 or -1.
+fn positive(limit: i64) -> Option<u64> {
+    u64::try_from(limit).ok().filter(|limit| *limit > 0)
+}
+
+/// vCPUs and MiB of memory; 0 = the configuration's default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// As many as the CPU limit can use at once, `max_vcpus` at most.
+    pub vcpus: u8,
+    /// The memory limit and what the guest itself needs.
+    pub memory_mib: u32,
+}
+
+impl Size {
+    /// Size for a pod whose first container has `spec`.
+    pub fn of(config: &Config, spec: &Spec) -> Self {
+        let limits = Limits::of_pod(spec).unwrap_or_else(|| Limits::of(spec).unwrap_or_default());
+        let vcpus = limits.millicpus.map(whole);
+        let memory = limits.memory.map(mib);
+        Self {
+            vcpus: vcpus.map_or(0, |vcpus| vcpus.clamp(1, config.max_vcpus)),
+            memory_mib: memory.map_or(0, |mib| mib.saturating_add(config.guest_overhead_mib)),
+        }
+    }
+}
+
+fn whole(millicpus: u64) -> u8 {
+    u8::try_from(millicpus.div_ceil(1000)).unwrap_or(u8::MAX)
+}
+
+fn mib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(MIB)).unwrap_or(u32::MAX)
+}
+
+/// What a microVM has at boot, and what it can have later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// vCPUs at boot.
+    pub boot_vcpus: u8,
+    /// vCPUs at most.
+    pub max_vcpus: u8,
+    /// Memory at boot, MiB.
+    pub boot_mib: u32,
+    /// Memory at most, MiB.
+    pub max_mib: u32,
+}
+
+impl Room {
+    /// Room of a microVM that is asked to have `vcpus` and `memory_mib` (0 = default) on this host.
+    ///
+    /// # Errors
+    /// More or less than the configuration allows.
+    pub fn of(config: &Config, vcpus: u8, memory_mib: u32) -> Result<Self, Error> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let information = rustix::system::sysinfo();
+        let host_bytes = information
+            .totalram
+            .saturating_mul(information.mem_unit.into());
+        let or = |asked: u32, default: u32| if asked == 0 { default } else { asked };
+        let boot_vcpus = if vcpus == 0 {
+            config.default_vcpus
+        } else {
+            vcpus
+        };
+        let boot_mib = or(memory_mib, config.default_memory_mib);
+        if boot_vcpus > config.max_vcpus {
+            return Err(Error::Invalid(format!(
+                "{boot_vcpus} vCPUs are more than this host's configuration allows ({})",
+                config.max_vcpus
+            )));
+        }
+        if boot_mib < config.min_memory_mib {
+            return Err(Error::Invalid(format!(
+                "{boot_mib} MiB of memory are too little for a microVM to boot: {} MiB are the least",
+                config.min_memory_mib
+            )));
+        }
+        if boot_mib > config.max_memory_mib {
+            return Err(Error::Invalid(format!(
+                "{boot_mib} MiB of memory are more than this host's configuration allows ({} MiB)",
+                config.max_memory_mib
+            )));
+        }
+        let vcpus = match config.growth_max_vcpus {
+            0 => u8::try_from(processors)
+                .unwrap_or(u8::MAX)
+                .min(UNASKED_VCPUS)
+                .min(config.max_vcpus),
+            set => set,
+        };
+        let memory = match config.growth_max_memory_mib {
+            0 => mib(host_bytes)
+                .min(UNASKED_MEMORY)
+                .min(config.max_memory_mib),
+            set => set,
+        };
+        Ok(Self {
+            boot_vcpus,
+            max_vcpus: boot_vcpus.max(vcpus),
+            boot_mib,
+            max_mib: boot_mib.max(memory),
+        })
+    }
+
+    /// Address space that memory can be plugged into, MiB; 0 = none.
+    pub fn region_mib(&self) -> u32 {
+        (self.max_mib - self.boot_mib).next_multiple_of(REGION_STEP)
+    }
+
+    /// What the guest must have plugged to have `memory_mib`, MiB.
+    pub fn plugged_mib(&self, memory_mib: u32) -> u32 {
+        memory_mib
+            .saturating_sub(self.boot_mib)
+            .next_multiple_of(PLUG_STEP)
+    }
+
+    /// What a microVM with these containers needs.
+    ///
+    /// # Errors
+    /// More memory than it can be given.
+    pub fn needed<'a>(
+        &self,
+        config: &Config,
+        containers: impl Iterator<Item = &'a Limits>,
+    ) -> Result<Needed, Error> {
+        let (mut millicpus, mut memory) = (0u64, u64::from(config.guest_overhead_mib));
+        let (mut any_cpu, mut any_memory, mut limited) = (false, false, false);
+        for limits in containers {
+            limited = true;
+            match limits.millicpus {
+                Some(limit) => millicpus = millicpus.saturating_add(limit),
+                None => any_cpu = true,
+            }
+            match limits.memory {
+                Some(limit) => memory = memory.saturating_add(u64::from(mib(limit))),
+                None => any_memory = true,
+            }
+        }
+        // Containers without a limit share what a microVM without limits has.
+        if any_memory {
+            let default = config.default_memory_mib - config.guest_overhead_mib;
+            memory = memory.saturating_add(default.into());
+        }
+        if any_cpu {
+            millicpus = millicpus.saturating_add(u64::from(config.default_vcpus) * 1000);
+        }
+        let memory = memory.max(self.boot_mib.into());
+        let memory_mib = u32::try_from(memory)
+            .ok()
+            .filter(|memory| *memory <= self.max_mib)
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "the pod's containers may use {memory} MiB of memory together, with the \
+                     guest's own; this microVM can grow to {} MiB (growth_max_memory_mib)",
+                    self.max_mib
+                ))
+            })?;
+        let vcpus = whole(millicpus).clamp(self.boot_vcpus, self.max_vcpus);
+        let all = u64::from(vcpus) * 1000;
+        Ok(Needed {
+            vcpus,
+            memory_mib,
+            millicpus: if limited && !any_cpu {
+                millicpus.min(all)
+            } else {
+                all
+            },
+        })
+    }
+}
+
+/// What a microVM needs for its containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Needed {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Memory, MiB.
+    pub memory_mib: u32,
+    /// CPU time that the containers may use, thousandths of a processor.
+    pub millicpus: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(members: &str) -> Spec {
+        serde_json::from_str(&format!(r#"{{"ociVersion":"1.2.0",{members}}}"#)).unwrap()
+    }
+
+    fn size(resources: &str) -> Size {
+        let spec = spec(&format!(r#""linux":{{"resources":{resources}}}"#));
+        Size::of(&Config::default(), &spec)
+    }
+
+    #[test]
+    fn limits_round_up() {
+        let none = Size {
+            vcpus: 0,
+            memory_mib: 0,
+        };
+        assert_eq!(size("{}"), none);
+        assert_eq!(size(r#"{"cpu":{"quota":150000,"period":100000}}"#).vcpus, 2);
+        assert_eq!(size(r#"{"cpu":{"quota":1000}}"#).vcpus, 1);
+        assert_eq!(size(r#"{"cpu":{"quota":-1}}"#).vcpus, 0);
+        assert_eq!(size(r#"{"cpu":{"quota":9000000000000000000}}"#).vcpus, 32);
+        let overhead = Config::default().guest_overhead_mib;
+        assert_eq!(
+            size(r#"{"memory":{"limit":67108865}}"#).memory_mib,
+            65 + overhead
+        );
+    }
+
+    #[test]
+    fn of_a_kubernetes_pod() {
+        let text = r#""annotations":{
+                "io.kubernetes.cri.container-type":"sandbox",
+                "io.kubernetes.cri.sandbox-cpu-period":"100000",
+                "io.kubernetes.cri.sandbox-cpu-quota":"250000",
+                "io.kubernetes.cri.sandbox-cpu-shares":"2560",
+                "io.kubernetes.cri.sandbox-memory":"1073741824"},
+            "linux":{"resources":{"cpu":{"quota":1000},"memory":{"limit":1048576}}}"#;
+        let config = Config::default();
+        let size = Size::of(&config, &spec(text));
+        assert_eq!(size.vcpus, 3);
+        assert_eq!(size.memory_mib, 1024 + config.guest_overhead_mib);
+        let unlimited = text.replace("250000", "0").replace("1073741824", "0");
+        let size = Size::of(&config, &spec(&unlimited));
+        assert_eq!((size.vcpus, size.memory_mib), (0, 0), "the default");
+        assert_eq!(Limits::of(&spec(text)), None, "it only holds the pod");
+    }
+
+    #[test]
+    fn of_a_pod_by_crio() {
+        for key in CRIO_RESOURCES {
+            let told = r#"{\"cpu_period\":100000,\"cpu_quota\":150000,\"cpu_shares\":2,\"memory_limit_in_bytes\":104857600,\"unified\":{}}"#;
+            let size = Size::of(
+                &Config::default(),
+                &spec(&format!(r#""annotations":{{"{key}":"{told}"}}"#)),
+            );
+            assert_eq!((size.vcpus, size.memory_mib), (2, 148));
+        }
+        let none = spec(r#""annotations":{"pod-linux-resources.crio.io":"{}"}"#);
+        assert_eq!(Size::of(&Config::default(), &none).memory_mib, 0);
+    }
+
+    #[test]
+    fn an_update_changes_what_it_names() {
+        let before = Limits {
+            millicpus: Some(500),
+            memory: Some(5),
+        };
+        let update = |json: &str| before.updated(&serde_json::from_str(json).unwrap());
+        assert_eq!(update("{}"), before);
+        assert_eq!(update(r#"{"cpu":{"shares":7}}"#), before);
+        assert_eq!(
+            update(r#"{"cpu":{"quota":20000,"period":10000}}"#).millicpus,
+            Some(2000)
+        );
+        assert_eq!(update(r#"{"cpu":{"quota":-1}}"#).millicpus, None);
+        assert_eq!(update(r#"{"memory":{"limit":9}}"#).memory, Some(9));
+        assert_eq!(update(r#"{"memory":{"limit":-1}}"#).memory, None);
+    }
+
+    const ROOM: Room = Room {
+        boot_vcpus: 1,
+        max_vcpus: 4,
+        boot_mib: 112,
+        max_mib: 4096,
+    };
+
+    fn needed(containers: &[(Option<u64>, Option<u64>)]) -> Result<Needed, Error> {
+        let limits: Vec<Limits> = containers
+            .iter()
+            .map(|(millicpus, memory)| Limits {
+                millicpus: *millicpus,
+                memory: memory.map(|mib| mib * MIB),
+            })
+            .collect();
+        ROOM.needed(&Config::default(), limits.iter())
+    }
+
+    #[test]
+    fn containers_add_up() {
+        let of = |containers: &[_]| {
+            let needed = needed(containers).unwrap();
+            (needed.vcpus, needed.memory_mib, needed.millicpus)
+        };
+        assert_eq!(of(&[]), (1, 112, 1000), "never less than at boot");
+        assert_eq!(of(&[(Some(500), Some(64))]), (1, 112, 500));
+        assert_eq!(
+            of(&[(Some(500), Some(64)), (Some(500), Some(64))]),
+            (1, 176, 1000)
+        );
+        assert_eq!(
+            of(&[(Some(500), Some(64)), (Some(600), Some(100))]),
+            (2, 212, 1100)
+        );
+        assert_eq!(
+            of(&[(None, None), (None, None)]),
+            (1, 512, 1000),
+            "one default"
+        );
+        assert_eq!(
+            of(&[(Some(1500), Some(1024)), (None, None)]),
+            (3, 1536, 3000)
+        );
+        assert_eq!(of(&[(Some(90_000), Some(8))]).0, 4, "vCPUs end at the most");
+        let message = needed(&[(None, Some(4096))]).unwrap_err().to_string();
+        assert!(
+            message.contains("4144 MiB") && message.contains("4096 MiB"),
+            "{message}"
+        );
+        assert!(needed(&[(None, Some(u64::MAX / MIB)), (None, Some(1 << 40))]).is_err());
+    }
+
+    #[test]
+    fn memory_is_plugged_in_steps() {
+        assert_eq!(ROOM.region_mib(), 4096);
+        assert_eq!(ROOM.plugged_mib(112), 0);
+        assert_eq!(ROOM.plugged_mib(113), 2);
+        assert_eq!(ROOM.plugged_mib(4096), 3984);
+    }
+
+    #[test]
+    fn the_configuration_bounds_the_room() {
+        let config = Config {
+            growth_max_vcpus: 6,
+            growth_max_memory_mib: 1024,
+            ..Config::default()
+        };
+        let room = Room::of(&config, 0, 0).unwrap();
+        assert_eq!((room.boot_vcpus, room.max_vcpus), (1, 6));
+        assert_eq!((room.boot_mib, room.max_mib), (512, 1024));
+        let room = Room::of(&config, 8, 2000).unwrap();
+        assert_eq!(
+            (room.max_vcpus, room.max_mib, room.region_mib()),
+            (8, 2000, 0)
+        );
+        assert!(Room::of(&config, 33, 0).is_err());
+        assert!(Room::of(&config, 0, 63).is_err());
+        assert!(Room::of(&config, 0, 262_145).is_err());
+    }
+}
