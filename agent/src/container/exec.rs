@@ -106,6 +106,34 @@ pub fn run(program: Program) -> Result<()> {
     match execute(&path, process, environment)? {}
 }
 
+/// Whether the program is there, as far as can be told before it is started: callers of a runtime
+/// expect a missing one to fail the container's creation.
+///
+/// # Errors
+/// It is not, or nobody may execute it.
+pub fn check(process: &Process) -> Result<()> {
+    let environment = process.env().clone().unwrap_or_default();
+    let name = process
+        .args()
+        .as_ref()
+        .and_then(|args| args.first())
+        .map_or("", String::as_str);
+    let by_directory = if name.contains('/') {
+        !name.starts_with('/')
+    } else {
+        // The default has absolute ones only.
+        environment
+            .iter()
+            .filter_map(|variable| variable.strip_prefix("PATH="))
+            .any(|path| path.split(':').any(|directory| !directory.starts_with('/')))
+    };
+    // The working directory is entered with the user's rights, later.
+    if by_directory {
+        return Ok(());
+    }
+    find(process, &environment).map(drop)
+}
+
 /// What OCI knows and Caisson does not do is refused, never ignored.
 fn refuse_unsupported(process: &Process) -> Result<()> {
     let refused = [

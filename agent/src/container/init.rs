@@ -244,6 +244,7 @@ fn fork_into(sync: &Sync, step: impl FnOnce() -> Result<()>) -> Result<()> {
 }
 
 fn become_program(sync: &Sync, program: exec::Program) -> Result<()> {
+    exec::check(&program.process)?;
     sync.report(&Report::Ready)?;
     if !sync.wait_for_start()? {
         return Err(Failure::internal("the agent gave the process up"));
