@@ -421,7 +421,7 @@ impl Containers {
         }
         let bundle = self.bundle(id);
         shim::end_orphan(&bundle);
-        if let Err(error) = shim::delete(&self.config, id, &bundle) {
+        if let Err(error) = shim::delete(&self.config, (shim::NAMESPACE, id), &bundle) {
             log::warn!("{error}");
         }
         container.state.status = Status::Exited;

@@ -1,5 +1,5 @@
-//! `caisson`: containers in microVMs, by docker's verbs.
-#![forbid(unsafe_code)]
+//! `caisson`: containers in microVMs, by docker's verbs and, for other programs, as an OCI runtime.
+#![deny(unsafe_code)]
 
 mod arguments;
 mod attach;
@@ -14,6 +14,7 @@ mod lifecycle;
 mod log_file;
 mod logs;
 mod monitor;
+mod oci;
 mod options;
 mod ps;
 mod run;
@@ -28,6 +29,9 @@ use std::process::ExitCode;
 use error::Error;
 
 fn main() -> ExitCode {
+    if let Some(code) = oci::run() {
+        return code;
+    }
     let matches = match arguments::command().try_get_matches() {
         Ok(matches) => matches,
         Err(error) => {

@@ -168,7 +168,12 @@ async fn start(containers: &Containers, container: &Container) -> Result<Running
         opened.transpose()
     };
     let (stdout, stderr) = (open(&streams.stdout)?, open(&streams.stderr)?);
-    let shim = shim::start(&containers.config, &container.id, &bundle).await?;
+    let shim = shim::start(
+        &containers.config,
+        (shim::NAMESPACE, &container.id),
+        &bundle,
+    )
+    .await?;
     let created = async {
         shim.create(&container.id, &bundle, &container.layers, &streams)
             .await?;
@@ -195,13 +200,13 @@ async fn end_shim(containers: &Containers, shim: &Shim, id: &str, bundle: &Path)
         return;
     }
     shim::end_orphan(bundle);
-    if let Err(error) = shim::delete(&containers.config, id, bundle) {
+    if let Err(error) = shim::delete(&containers.config, (shim::NAMESPACE, id), bundle) {
         log::error!("{error}");
     }
 }
 
 /// Waits until the shim's process has ended.
-async fn gone(bundle: &Path) -> bool {
+pub async fn gone(bundle: &Path) -> bool {
     let pid = std::fs::read_to_string(bundle.join("shim.pid"))
         .ok()
         .and_then(|text| text.trim().parse().ok());

@@ -11,9 +11,11 @@ use caisson_sandbox::{Config, scaled};
 use containerd_shim_protos::{
     api::{
         CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, Mount,
-        ResizePtyRequest, ShutdownRequest, StartRequest, WaitRequest,
+        PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
+        StateRequest, StatsRequest, Status, UpdateTaskRequest, WaitRequest,
     },
-    protobuf::{MessageField, well_known_types::any::Any},
+    cgroups_v2::metrics::Metrics,
+    protobuf::{Message, MessageField, well_known_types::any::Any},
     shim_async::{Client, TaskClient},
     ttrpc::{self, Code, context},
 };
@@ -23,8 +25,8 @@ use crate::{
     error::{Error, ShimCode},
 };
 
-/// containerd's namespace for what this command runs.
-const NAMESPACE: &str = "caisson";
+/// containerd's namespace for what docker's verbs run.
+pub const NAMESPACE: &str = "caisson";
 
 /// Longest that an ordinary call may take; the shim has its own, shorter limits.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -42,10 +44,15 @@ fn program(config: &Config) -> PathBuf {
     })
 }
 
-fn run(config: &Config, id: &str, bundle: &Path, verb: &str) -> Result<String, Error> {
+fn run(
+    config: &Config,
+    (namespace, id): (&str, &str),
+    bundle: &Path,
+    verb: &str,
+) -> Result<String, Error> {
     let program = program(config);
     let output = Command::new(&program)
-        .args(["-namespace", NAMESPACE, "-id", id, "-address", "", verb])
+        .args(["-namespace", namespace, "-id", id, "-address", "", verb])
         .current_dir(bundle)
         .stdin(Stdio::null())
         .output()
@@ -64,12 +71,12 @@ fn run(config: &Config, id: &str, bundle: &Path, verb: &str) -> Result<String, E
     })
 }
 
-/// Starts the shim of a container and connects to it.
+/// Starts the shim of a container, named by containerd's namespace and its id, and connects to it.
 ///
 /// # Errors
 /// It cannot be started.
-pub async fn start(config: &Config, id: &str, bundle: &Path) -> Result<Shim, Error> {
-    let address = run(config, id, bundle, "start")?;
+pub async fn start(config: &Config, name: (&str, &str), bundle: &Path) -> Result<Shim, Error> {
+    let address = run(config, name, bundle, "start")?;
     Shim::connect(&address).await
 }
 
@@ -77,8 +84,8 @@ pub async fn start(config: &Config, id: &str, bundle: &Path) -> Result<Shim, Err
 ///
 /// # Errors
 /// Something could not be removed.
-pub fn delete(config: &Config, id: &str, bundle: &Path) -> Result<(), Error> {
-    run(config, id, bundle, "delete").map(drop)
+pub fn delete(config: &Config, name: (&str, &str), bundle: &Path) -> Result<(), Error> {
+    run(config, name, bundle, "delete").map(drop)
 }
 
 /// Ends a shim that has lost its monitor, if there is one.
@@ -372,6 +379,99 @@ impl Shim {
             .await
             .map_err(refusal)
             .map(drop)
+    }
+
+    /// Where a container is in its life.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub async fn status(&self, id: &str) -> Result<Status, Error> {
+        let request = StateRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let state = self
+            .client
+            .state(limit(), &request)
+            .await
+            .map_err(refusal)?;
+        Ok(state.status.enum_value_or_default())
+    }
+
+    /// Freezes a container or lets it go on.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub async fn pause(&self, id: &str, paused: bool) -> Result<(), Error> {
+        let id = id.to_owned();
+        let done = if paused {
+            let request = PauseRequest {
+                id,
+                ..Default::default()
+            };
+            self.client.pause(limit(), &request).await
+        } else {
+            let request = ResumeRequest {
+                id,
+                ..Default::default()
+            };
+            self.client.resume(limit(), &request).await
+        };
+        done.map_err(refusal).map(drop)
+    }
+
+    /// Processes of a container, by their ids in the guest.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub async fn processes(&self, id: &str) -> Result<Vec<u32>, Error> {
+        let request = PidsRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let answer = self.client.pids(limit(), &request).await.map_err(refusal)?;
+        Ok(answer.processes.iter().map(|process| process.pid).collect())
+    }
+
+    /// Changes a container's limits: an OCI `linux.resources` object.
+    ///
+    /// # Errors
+    /// The guest's words.
+    pub async fn update(&self, id: &str, resources: &serde_json::Value) -> Result<(), Error> {
+        let request = UpdateTaskRequest {
+            id: id.to_owned(),
+            resources: MessageField::some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+                    .to_owned(),
+                value: resources.to_string().into_bytes(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        self.client
+            .update(limit(), &request)
+            .await
+            .map_err(refusal)
+            .map(drop)
+    }
+
+    /// A container's figures.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub async fn stats(&self, id: &str) -> Result<Metrics, Error> {
+        let request = StatsRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let answer = self
+            .client
+            .stats(limit(), &request)
+            .await
+            .map_err(refusal)?;
+        let stats = answer.stats.unwrap_or_default();
+        Metrics::parse_from_bytes(&stats.value)
+            .map_err(|error| Error::io("read the shim's metrics")(io::Error::other(error)))
     }
 
     /// Ends the shim.

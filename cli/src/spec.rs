@@ -31,7 +31,7 @@ const CAPABILITIES: [&str; 14] = [
 ];
 
 /// Every capability of Linux 6.12, in the order of their numbers.
-const ALL_CAPABILITIES: [&str; 41] = [
+pub const ALL_CAPABILITIES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",
     "DAC_READ_SEARCH",
