@@ -1,6 +1,9 @@
 //! The ttrpc service of the agent: each method hands over to the module that does it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use caisson_protocol::{
@@ -8,7 +11,7 @@ use caisson_protocol::{
     agent::{
         BindDeviceRequest, BindDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse,
         CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty, HelloRequest,
-        HelloResponse, ListProcessesResponse, NextEventsRequest, NextEventsResponse,
+        HelloResponse, ListProcessesResponse, Network, NextEventsRequest, NextEventsResponse,
         OnlineResourcesRequest, OnlineResourcesResponse, ProcessExit, ProcessId, ResizePtyRequest,
         ShutdownRequest, SignalRequest, StartProcessResponse, StateResponse, StatsRequest,
         StatsResponse, UnbindDeviceRequest, UpdateContainerRequest,
@@ -38,6 +41,8 @@ pub fn is_host(cid: u32) -> bool {
 struct Service {
     manager: Arc<Manager>,
     stages: Stages,
+    /// As last configured.
+    names: Mutex<sandbox::Names>,
 }
 
 /// Serves the host until the machine is reset.
@@ -54,7 +59,11 @@ pub async fn serve(mut stages: Stages) -> Result<()> {
     let reaper = tokio::spawn(reaper::run(manager.clone()));
     let oom = tokio::spawn(oom::run(manager.clone()));
     let stdio = tokio::spawn(streams.serve());
-    let service = create_agent(Arc::new(Service { manager, stages }));
+    let service = create_agent(Arc::new(Service {
+        manager,
+        stages,
+        names: Mutex::default(),
+    }));
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(host_only(listener))
         .register_service(service);
@@ -131,8 +140,16 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ConfigureSandboxRequest,
     ) -> Reply<ConfigureSandboxResponse> {
-        sandbox::configure(&self.manager, &request)?;
+        let names = sandbox::Names::of(&request);
+        sandbox::configure(&self.manager, &names, &request)?;
+        *self.names.lock().unwrap_or_else(PoisonError::into_inner) = names;
         Ok(ConfigureSandboxResponse::default())
+    }
+
+    async fn configure_network(&self, _: &TtrpcContext, request: Network) -> Reply<Empty> {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        sandbox::configure_network(&names, &request)?;
+        Ok(Empty::default())
     }
 
     async fn bind_device(

@@ -2,7 +2,7 @@
 
 use std::{fs, os::fd::AsRawFd, path::Path, time::Duration};
 
-use caisson_protocol::agent::ConfigureSandboxRequest;
+use caisson_protocol::agent::{ConfigureSandboxRequest, Network};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::{
@@ -19,17 +19,16 @@ const MIN_ENTROPY: usize = 32;
 ///
 /// # Errors
 /// The first part that fails.
-pub fn configure(manager: &Manager, request: &ConfigureSandboxRequest) -> Result<()> {
+pub fn configure(
+    manager: &Manager,
+    names: &Names,
+    request: &ConfigureSandboxRequest,
+) -> Result<()> {
     set_clock(request.realtime_ns)?;
     add_entropy(&request.entropy_seed)?;
-    let hostname = if request.hostname.is_empty() {
-        "caisson"
-    } else {
-        &request.hostname
-    };
-    rustix::system::sethostname(hostname.as_bytes())
-        .during(|| format!("set the hostname \"{hostname}\""))?;
-    write_pod_files(hostname, request)?;
+    rustix::system::sethostname(names.hostname.as_bytes())
+        .during(|| format!("set the hostname \"{}\"", names.hostname))?;
+    write_pod_files(names, request)?;
     for (name, value) in &request.sysctls {
         set_sysctl(name, value)?;
     }
@@ -37,7 +36,65 @@ pub fn configure(manager: &Manager, request: &ConfigureSandboxRequest) -> Result
         resize_shm(request.shm_size_bytes)?;
     }
     manager.share_pid_namespace(request.shared_pid_namespace);
-    network::configure(request)
+    network::configure_loopback()
+}
+
+/// Applies the pod's network, and names its addresses in the hosts file.
+///
+/// # Errors
+/// See [`network::configure`].
+pub fn configure_network(names: &Names, request: &Network) -> Result<()> {
+    network::configure(request)?;
+    let addresses = request
+        .interfaces
+        .iter()
+        .flat_map(|interface| &interface.addresses)
+        .filter_map(|address| address.split('/').next())
+        .collect::<Vec<_>>();
+    names.write_hosts(&addresses)
+}
+
+/// The pod's own name and the other lines of its hosts file.
+#[derive(Debug, Clone, Default)]
+pub struct Names {
+    hostname: String,
+    extra_hosts: Vec<String>,
+}
+
+impl Names {
+    /// Those of the request.
+    pub fn of(request: &ConfigureSandboxRequest) -> Self {
+        let hostname = if request.hostname.is_empty() {
+            "caisson".to_owned()
+        } else {
+            request.hostname.clone()
+        };
+        Self {
+            hostname,
+            extra_hosts: request.extra_hosts.clone(),
+        }
+    }
+
+    /// Containers have the file mounted, so it is written in its place.
+    fn write_hosts(&self, addresses: &[&str]) -> Result<()> {
+        let mut hosts =
+            String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+        let unconnected = ["127.0.1.1"];
+        let addresses = if addresses.is_empty() {
+            &unconnected
+        } else {
+            addresses
+        };
+        for address in addresses {
+            hosts.push_str(&format!("{address}\t{}\n", self.hostname));
+        }
+        for line in &self.extra_hosts {
+            hosts.push_str(line);
+            hosts.push('\n');
+        }
+        let path = Path::new(boot::POD_FILES_DIR).join("hosts");
+        fs::write(&path, hosts).during(|| format!("write {}", path.display()))
+    }
 }
 
 fn set_clock(realtime_ns: i64) -> Result<()> {
@@ -80,25 +137,8 @@ fn add_entropy(seed: &[u8]) -> Result<()> {
     }
 }
 
-fn write_pod_files(hostname: &str, request: &ConfigureSandboxRequest) -> Result<()> {
-    let mut hosts =
-        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    let own = request
-        .interfaces
-        .iter()
-        .flat_map(|interface| &interface.addresses)
-        .filter_map(|address| address.split('/').next());
-    let mut addresses: Vec<&str> = own.collect();
-    if addresses.is_empty() {
-        addresses.push("127.0.1.1");
-    }
-    for address in addresses {
-        hosts.push_str(&format!("{address}\t{hostname}\n"));
-    }
-    for line in &request.extra_hosts {
-        hosts.push_str(line);
-        hosts.push('\n');
-    }
+fn write_pod_files(names: &Names, request: &ConfigureSandboxRequest) -> Result<()> {
+    names.write_hosts(&[])?;
     let mut resolver = String::new();
     for server in &request.dns_servers {
         resolver.push_str(&format!("nameserver {server}\n"));
@@ -111,10 +151,9 @@ fn write_pod_files(hostname: &str, request: &ConfigureSandboxRequest) -> Result<
     }
     let directory = Path::new(boot::POD_FILES_DIR);
     for (path, text) in [
-        (directory.join("hosts"), hosts.as_str()),
-        (directory.join("hostname"), &format!("{hostname}\n")),
-        (directory.join("resolv.conf"), resolver.as_str()),
-        (Path::new("/run/resolv.conf").to_owned(), resolver.as_str()),
+        (directory.join("hostname"), format!("{}\n", names.hostname)),
+        (directory.join("resolv.conf"), resolver.clone()),
+        (Path::new("/run/resolv.conf").to_owned(), resolver),
     ] {
         fs::write(&path, text).during(|| format!("write {}", path.display()))?;
     }

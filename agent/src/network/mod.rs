@@ -1,11 +1,11 @@
-//! The pod's network as `ConfigureSandbox` describes it: interfaces, routes,
+//! The pod's network as `ConfigureNetwork` describes it: interfaces, routes,
 //! neighbours. Everything *sets*, so that asking twice changes nothing.
 
 mod netlink;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use caisson_protocol::agent::{ConfigureSandboxRequest, Neighbour, NetworkInterface, Route};
+use caisson_protocol::agent::{Neighbour, Network, NetworkInterface, Route};
 
 use crate::failure::{Failure, Result};
 use netlink::{Message, SET, Socket, attributes, u32_at};
@@ -17,6 +17,8 @@ const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
@@ -25,7 +27,11 @@ const IFLA_LINKINFO: u16 = 18;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
-const IFA_F_NODAD: u8 = 0x02;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_NODAD: u32 = 0x02;
+const IFA_F_NOPREFIXROUTE: u32 = 0x200;
+/// `net/ipv6_route.h`: the metric of an IPv6 route that was given none.
+const IP6_RT_PRIO_USER: u32 = 1024;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
@@ -57,24 +63,36 @@ struct Link {
     software: bool,
 }
 
+/// Brings the loopback interface up.
+///
+/// # Errors
+/// The kernel's.
+pub fn configure_loopback() -> Result<()> {
+    let mut socket = Socket::open()?;
+    let links = links(&mut socket)?;
+    bring_up(&mut socket, loopback(&links)?)
+}
+
 /// Applies interfaces, then routes (those without a gateway first: the others need them), then
-/// neighbours, and brings the loopback interface up.
+/// neighbours.
 ///
 /// # Errors
 /// A malformed value, an interface that is not there, whatever the kernel refuses, in its words.
-pub fn configure(request: &ConfigureSandboxRequest) -> Result<()> {
+pub fn configure(request: &Network) -> Result<()> {
     let mut socket = Socket::open()?;
     let mut links = links(&mut socket)?;
-    bring_up(&mut socket, loopback(&links)?)?;
     for interface in &request.interfaces {
         configure_interface(&mut socket, &mut links, interface, &request.interfaces)?;
     }
     let mut routes: Vec<&Route> = request.routes.iter().collect();
     routes.sort_by_key(|route| !route.gateway.is_empty());
+    let mut wanted = Vec::new();
     for route in routes {
         let message = route_message(route, by_name(&links, &route.device)?)?;
         socket.request(&message, || format!("set the route {}", describe(route)))?;
+        wanted.push(message);
     }
+    remove_other_routes(&mut socket, &wanted)?;
     for neighbour in &request.neighbours {
         let message = neighbour_message(neighbour, by_name(&links, &neighbour.device)?)?;
         socket.request(&message, || {
@@ -249,6 +267,69 @@ fn remove_other_addresses(socket: &mut Socket, index: u32, wanted: &[(IpAddr, u8
     Ok(())
 }
 
+/// Routes that an earlier request has set and this one has not go.
+fn remove_other_routes(socket: &mut Socket, wanted: &[Message]) -> Result<()> {
+    let wanted: Vec<RouteKey> = wanted
+        .iter()
+        .filter_map(|route| key_of(route.body()))
+        .collect();
+    let mut others = Vec::new();
+    socket.dump(
+        &Message::new(RTM_GETROUTE, 0, &[0; 12]),
+        || "list routes".to_owned(),
+        |kind, body| {
+            if kind == RTM_NEWROUTE && key_of(body).is_some_and(|key| !wanted.contains(&key)) {
+                others.push(body.to_vec());
+            }
+        },
+    )?;
+    for route in others {
+        let message = Message::new(RTM_DELROUTE, 0, &route);
+        socket.remove(&message, || "remove an old route".to_owned())?;
+    }
+    Ok(())
+}
+
+/// What tells one route from another.
+#[derive(Debug, PartialEq, Eq)]
+struct RouteKey {
+    family: u8,
+    prefix: u8,
+    destination: Vec<u8>,
+    device: Vec<u8>,
+    gateway: Vec<u8>,
+    priority: u32,
+}
+
+/// Of a `struct rtmsg` and its attributes; None unless this agent has made the route.
+fn key_of(body: &[u8]) -> Option<RouteKey> {
+    if body.get(4..6)? != [RT_TABLE_MAIN, RTPROT_STATIC] {
+        return None;
+    }
+    let mut key = RouteKey {
+        family: body[0],
+        prefix: body[1],
+        destination: Vec::new(),
+        device: Vec::new(),
+        gateway: Vec::new(),
+        priority: 0,
+    };
+    for (kind, value) in attributes(body.get(12..)?) {
+        match kind {
+            RTA_DST => key.destination = value.to_vec(),
+            RTA_OIF => key.device = value.to_vec(),
+            RTA_GATEWAY | RTA_VIA => key.gateway = value.to_vec(),
+            RTA_PRIORITY => key.priority = u32_at(value, 0),
+            _ => {}
+        }
+    }
+    // The kernel's own for IPv6 routes that name none.
+    if key.family == AF_INET6 && key.priority == 0 {
+        key.priority = IP6_RT_PRIO_USER;
+    }
+    Some(key)
+}
+
 /// `struct ifaddrmsg` and its attributes.
 fn address_of(body: &[u8]) -> Option<(IpAddr, u8)> {
     let (mut local, mut address) = (None, None);
@@ -279,7 +360,8 @@ fn link_message(index: u32, flags: u32, change: u32) -> Message {
 }
 
 /// `struct ifaddrmsg`: family, prefix length, flags, scope, index. The host has already found
-/// that nobody else has an IPv6 address, so it is used at once.
+/// that nobody else has an IPv6 address, so it is used at once. Its network gets no route by itself:
+/// the host tells them all.
 fn address_message(kind: u16, flags: u16, index: u32, address: IpAddr, prefix: u8) -> Message {
     let scope = match address {
         IpAddr::V4(address) if address.is_loopback() => RT_SCOPE_HOST,
@@ -287,9 +369,11 @@ fn address_message(kind: u16, flags: u16, index: u32, address: IpAddr, prefix: u
         _ => 0,
     };
     let no_detection = if address.is_ipv6() { IFA_F_NODAD } else { 0 };
-    let mut fixed = [family(address), prefix, no_detection, scope, 0, 0, 0, 0];
+    let mut fixed = [family(address), prefix, 0, scope, 0, 0, 0, 0];
     fixed[4..].copy_from_slice(&index.to_ne_bytes());
+    let address_flags = no_detection | IFA_F_NOPREFIXROUTE;
     let message = Message::new(kind, flags, &fixed)
+        .attribute(IFA_FLAGS, &address_flags.to_ne_bytes())
         .address(IFA_LOCAL, address)
         .address(IFA_ADDRESS, address);
     match address {

@@ -73,6 +73,11 @@ impl Message {
         }
     }
 
+    /// The fixed part and the attributes.
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
     /// The datagram (`struct nlmsghdr` and what follows it).
     pub fn encode(&self, sequence: u32, more_flags: u16) -> Vec<u8> {
         let length = u32::try_from(HEADER + self.body.len()).unwrap_or(u32::MAX);

@@ -2,8 +2,8 @@ use std::process::Command;
 
 use super::*;
 
-fn body(message: &Message) -> Vec<u8> {
-    message.encode(1, 0)[16..].to_vec()
+fn body(message: &Message) -> &[u8] {
+    message.body()
 }
 
 fn values(message: &Message, fixed: usize) -> Vec<(u16, Vec<u8>)> {
@@ -20,20 +20,26 @@ fn an_ipv4_address_has_its_broadcast_address() {
     assert_eq!(
         values(&message, 8),
         [
+            (IFA_FLAGS, IFA_F_NOPREFIXROUTE.to_ne_bytes().to_vec()),
             (IFA_LOCAL, address.clone()),
             (IFA_ADDRESS, address),
             (IFA_BROADCAST, vec![10, 88, 255, 255])
         ]
     );
     let message = address_message(RTM_NEWADDR, SET, 3, "10.88.0.5".parse().unwrap(), 31);
-    assert_eq!(values(&message, 8).len(), 2);
+    assert_eq!(values(&message, 8).len(), 3);
 }
 
 #[test]
 fn an_ipv6_address_is_used_at_once() {
     let message = address_message(RTM_NEWADDR, SET, 3, "fd00::5".parse().unwrap(), 64);
-    assert_eq!(body(&message)[..4], [AF_INET6, 64, IFA_F_NODAD, 0]);
-    assert_eq!(values(&message, 8).len(), 2);
+    assert_eq!(body(&message)[..4], [AF_INET6, 64, 0, 0]);
+    let flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE;
+    assert_eq!(
+        values(&message, 8)[0],
+        (IFA_FLAGS, flags.to_ne_bytes().to_vec())
+    );
+    assert_eq!(values(&message, 8).len(), 3);
 }
 
 fn route(destination: &str, gateway: &str) -> Route {
@@ -179,7 +185,7 @@ fn the_kernel_takes_it() {
         device: device.to_owned(),
         ..route
     };
-    let mut request = ConfigureSandboxRequest {
+    let mut request = Network {
         interfaces: vec![
             interface("eth1", "02:00:00:00:00:01", &["10.9.0.2/24", "fd09::2/64"]),
             interface("eth0", "02:00:00:00:00:02", &["10.8.0.2/32"]),
@@ -188,6 +194,7 @@ fn the_kernel_takes_it() {
         routes: vec![
             on("eth0", route("", "10.8.0.1")),
             on("eth0", route("10.8.0.1/32", "")),
+            on("eth1", route("fd09::/64", "")),
             on(
                 "eth1",
                 Route {
@@ -212,6 +219,7 @@ fn the_kernel_takes_it() {
         }],
         ..Default::default()
     };
+    configure_loopback().unwrap();
     configure(&request).unwrap();
     configure(&request).expect("it can be asked for twice");
     assert!(ip("addr show lo").contains("127.0.0.1"));
@@ -244,6 +252,12 @@ fn the_kernel_takes_it() {
     assert!(
         first.contains("10.9.0.3/24") && !first.contains("10.9.0.2/") && !first.contains("fd09")
     );
+    assert_eq!(
+        ip("-4 route"),
+        "",
+        "routes that are not wanted any more are gone"
+    );
+    assert!(!ip("-6 route").contains("fd10"));
 
     // What the kernel refuses is told in its words.
     request.routes = vec![on("eth0", route("10.20.0.0/16", "10.99.0.1"))];
