@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Longest from the start of the VMM to the agent's first answer.
-const BOOT_LIMIT: Duration = Duration::from_secs(15);
+const BOOT_LIMIT: Duration = Duration::from_secs(30);
 
 /// Longest that an ordinary request may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(30);

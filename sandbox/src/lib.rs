@@ -13,6 +13,7 @@ mod config;
 mod deadline;
 mod disk;
 mod error;
+mod network;
 mod record;
 mod sandbox;
 mod shares;
@@ -27,8 +28,8 @@ pub use deadline::scaled;
 pub use error::{AgentErrorKind, Error};
 pub use record::RecordError;
 pub use sandbox::{
-    ContainerSpec, Created, Event, Exit, ProcessInfo, RootfsSource, Sandbox, SandboxSpec, State,
-    Status, Stdio, Streams, Upper, cleanup,
+    ContainerSpec, Created, Event, Exit, NetworkNamespace, ProcessInfo, RootfsSource, Sandbox,
+    SandboxSpec, State, Status, Stdio, Streams, Upper, cleanup,
 };
 pub use size::Size;
 pub use vmm::Gone;

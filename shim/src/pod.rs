@@ -88,7 +88,9 @@ impl Pods for MicroVms {
         spec: SandboxSpec,
     ) -> Result<(Arc<dyn Pod>, mpsc::Receiver<Event>), Error> {
         let (sandbox, events) = Sandbox::start(&self.config, spec).await?;
-        Ok((Arc::new(sandbox), events))
+        let sandbox = Arc::new(sandbox);
+        sandbox.watch_network().await;
+        Ok((sandbox, events))
     }
 
     async fn cleanup(&self, id: &str) -> Result<(), Error> {

@@ -18,6 +18,9 @@ use crate::terminal::Terminal;
 const BUSYBOX: &str = "caisson.test/busybox:latest";
 /// How long the host may take to be clean after a test, in bare-metal seconds.
 const SETTLE: f64 = 3.0;
+/// Most leaks that are listed, and most lines of each of a container's logs.
+const MOST_LEAKS: usize = 40;
+const LAST_LINES: usize = 12;
 
 /// One test's hold on the machine: no other test runs while it lives, and when it is dropped
 /// nothing that the test started may be left.
@@ -208,14 +211,41 @@ impl Host {
 
     /// Removes the test's containers, so that one test's failure is not every later test's.
     fn clean(&self, left: &[String]) {
-        let containers = left.iter().filter_map(|line| {
-            let path = line.strip_prefix("directory /var/lib/caisson/containers/")?;
-            (!path.contains('/')).then_some(path)
-        });
-        for id in containers {
+        for id in containers_in(left) {
             self.command(["rm", "-f", id]).within(20.0).run();
         }
     }
+}
+
+/// Ids of the containers that are among what is left.
+fn containers_in(left: &[String]) -> impl Iterator<Item = &str> {
+    left.iter().filter_map(|line| {
+        let path = line.strip_prefix("directory /var/lib/caisson/containers/")?;
+        (!path.contains('/')).then_some(path)
+    })
+}
+
+/// What a container's files say of its life.
+fn last_words(id: &str) -> String {
+    let directory = Path::new("/var/lib/caisson/containers").join(id);
+    let mut words = String::new();
+    for file in [
+        "container.json",
+        "monitor.log",
+        "bundle/log",
+        "bundle/vm-exit.json",
+    ] {
+        let Ok(text) = fs::read_to_string(directory.join(file)) else {
+            continue;
+        };
+        let lines: Vec<&str> = text.lines().collect();
+        words.push_str(&format!("{id} {file}:\n"));
+        for line in &lines[lines.len().saturating_sub(LAST_LINES)..] {
+            let end = line.floor_char_boundary(1000);
+            words.push_str(&format!("  {}\n", &line[..end]));
+        }
+    }
+    words
 }
 
 /// The processes whose program's path satisfies `wanted`.
@@ -242,7 +272,14 @@ impl Drop for Host {
         if left.is_empty() {
             return;
         }
-        let report = format!("left behind by this test:\n  {}", left.join("\n  "));
+        let mut report = format!(
+            "{} things left behind by this test:\n  {}\n",
+            left.len(),
+            left[..left.len().min(MOST_LEAKS)].join("\n  ")
+        );
+        for id in containers_in(&left) {
+            report.push_str(&last_words(id));
+        }
         // A command that hangs panics, and a second panic would end all tests.
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.clean(&left)));
         if std::thread::panicking() {

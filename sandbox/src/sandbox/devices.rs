@@ -53,7 +53,7 @@ impl Sandbox {
         }
     }
 
-    async fn attach(
+    pub(super) async fn attach(
         &self,
         what: &'static str,
         device: DeviceConfig,
@@ -65,7 +65,7 @@ impl Sandbox {
         }
     }
 
-    async fn bind(&self, slot: u32, expect: Expect) -> Result<String, Error> {
+    pub(super) async fn bind(&self, slot: u32, expect: Expect) -> Result<String, Error> {
         let request = BindDeviceRequest {
             slot,
             expect: Some(expect),
@@ -99,7 +99,7 @@ impl Sandbox {
         }
     }
 
-    async fn detach(&self, slots: &[u32]) {
+    pub(super) async fn detach(&self, slots: &[u32]) {
         for slot in slots.iter().copied() {
             let request = UnbindDeviceRequest {
                 slot,

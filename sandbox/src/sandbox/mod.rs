@@ -4,6 +4,7 @@ mod boot;
 mod container;
 mod devices;
 mod events;
+mod network;
 mod process;
 mod sizing;
 mod types;
@@ -20,6 +21,7 @@ use caisson_protocol::agent::{HelloResponse, ShutdownRequest};
 use caisson_vmm_api::{Description, Request, Response};
 use tokio::sync::{Mutex, mpsc};
 
+pub use network::NetworkNamespace;
 pub use types::{
     ContainerSpec, Created, Event, Exit, ProcessInfo, RootfsSource, SandboxSpec, State, Status,
     Stdio, Streams, Upper,
@@ -30,6 +32,7 @@ use crate::{
     config::Config,
     deadline::scaled,
     error::{AgentErrorKind, Error},
+    network::Network,
     record::{self, Record, Resource},
     shares::Shares,
     size::Room,
@@ -57,6 +60,9 @@ pub struct Sandbox {
     vmm: Arc<Vmm>,
     agent: Agent,
     record: StdMutex<Record>,
+    network: Option<Mutex<Network>>,
+    /// With which the guest has booted.
+    vcpus: u8,
     /// See [`SandboxSpec::shares_directories`].
     shares_directories: bool,
     shares: Mutex<Option<Arc<Shares>>>,
@@ -78,14 +84,22 @@ impl Sandbox {
         let room = Room::of(config, spec.vcpus, spec.memory_mib)?;
         let assets = Assets::open(config)?;
         let mut record = Record::create(&config.run_dir, &spec.id)?;
-        match boot(config, &spec, room, &assets, &mut record).await {
-            Ok(Booted {
-                vmm,
-                agent,
-                hello,
-                vsock,
-                sizing,
-            }) => {
+        let booted = async {
+            let booted = boot(config, &spec, room, &assets, &mut record).await?;
+            let network = spec.network.open(booted.vmm.pid()).await?;
+            Ok((booted, network))
+        };
+        match booted.await {
+            Ok((
+                Booted {
+                    vmm,
+                    agent,
+                    hello,
+                    vsock,
+                    sizing,
+                },
+                network,
+            )) => {
                 let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
                 tokio::spawn(forward_events(agent.clone(), vmm.clone(), sender));
                 let sandbox = Self {
@@ -93,6 +107,8 @@ impl Sandbox {
                     vmm,
                     agent,
                     record: StdMutex::new(record),
+                    network: network.map(Mutex::new),
+                    vcpus: room.boot_vcpus,
                     shares_directories: spec.shares_directories,
                     shares: Mutex::new(None),
                     containers: StdMutex::default(),
@@ -170,6 +186,9 @@ impl Sandbox {
             let _ =
                 tokio::time::timeout(scaled(Duration::from_secs(2)), self.vmm.wait_gone()).await;
         }
+        if let Some(network) = &self.network {
+            network.lock().await.release_all().await;
+        }
         // The server's destructor ends and reaps it.
         drop(self.shares.lock().await.take());
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
@@ -206,7 +225,7 @@ fn unexpected(what: &'static str, response: &Response) -> Error {
 }
 
 /// Runs what blocks where it may.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     tokio::task::spawn_blocking(work)

@@ -96,6 +96,8 @@ impl Sandbox {
     pub async fn start_process(&self, container: &str, exec: &str) -> Result<u32, Error> {
         let request = process_id(container, exec);
         let response = if exec.is_empty() {
+            // The pod's network may have been made since it was booted.
+            self.sync_network().await?;
             self.agent
                 .call("start the container", |client, context| async move {
                     client.start_container(context, &request).await

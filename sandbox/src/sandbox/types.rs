@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::SystemTime};
 use oci_spec::runtime::Spec;
 use tokio::net::UnixStream;
 
+use super::NetworkNamespace;
 use crate::{spec::host_binds, vmm::Gone};
 
 /// A sandbox to be started.
@@ -28,6 +29,8 @@ pub struct SandboxSpec {
     pub dns_options: Vec<String>,
     /// Containers see each other's processes.
     pub shared_pid_namespace: bool,
+    /// Where its interfaces are.
+    pub network: NetworkNamespace,
     /// Host directories may be shared with it, now or later. Its memory is then a file that a file
     /// server can map, at the price of a copy of the kernel in each VM.
     pub shares_directories: bool,

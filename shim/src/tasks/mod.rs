@@ -4,6 +4,27 @@
 
 mod life;
 mod news;
+/// Where the pod's interfaces are, as its first container says.
+fn network_namespace(spec: &Spec) -> Result<NetworkNamespace, Error> {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    let network = namespaces
+        .into_iter()
+        .flatten()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    match network {
+        Some(namespace) => Ok(match namespace.path() {
+            Some(path) => NetworkNamespace::Path(path.clone()),
+            None => NetworkNamespace::Vmm,
+        }),
+        None => Err(caisson_sandbox::Error::Unsupported(
+            "the container wants the host's network: a microVM has a network of its own, so run it with \
+             another runtime, or without host networking".to_owned()).into()),
+    }
+}
+
 #[cfg(test)]
 mod tests;
 
@@ -15,15 +36,15 @@ use std::{
 };
 
 use caisson_sandbox::{
-    Config, ContainerSpec, Created, ProcessInfo, RootfsSource, SandboxSpec, Size, StatsResponse,
-    cgroup_parent, scaled,
+    Config, ContainerSpec, Created, NetworkNamespace, ProcessInfo, RootfsSource, SandboxSpec, Size,
+    StatsResponse, cgroup_parent, scaled,
 };
 use containerd_shim_protos::{
     api::Mount,
     events::task::{TaskCreate, TaskIO, TaskPaused, TaskResumed},
     protobuf::{MessageField, well_known_types::timestamp::Timestamp},
 };
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use tokio::sync::{Notify, watch};
 
 use crate::{
@@ -181,6 +202,7 @@ impl Tasks {
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             cgroup_parent: cgroups_path.and_then(|path| cgroup_parent(path)),
+            network: network_namespace(spec)?,
             // What a pod's later containers want is not known yet.
             shares_directories: pod_in(spec).is_some() || rootfs.shares_directories(spec),
             ..Default::default()

@@ -317,7 +317,7 @@ struct Bench {
 impl Bench {
     fn new(manners: Manners) -> Self {
         let bundle = tempfile::tempdir().unwrap();
-        let spec = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"}}"#;
+        let spec = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"linux":{"namespaces":[{"type":"network"}]}}"#;
         std::fs::write(bundle.path().join("config.json"), spec).unwrap();
         let (events, sent) = Events::for_test();
         let pods = FakePods {

@@ -1,0 +1,322 @@
+//! What is in a network namespace.
+
+use std::net::IpAddr;
+
+use caisson_protocol::agent;
+use futures_util::TryStreamExt;
+use rtnetlink::{
+    Handle, IpVersion, RouteMessageBuilder,
+    packet_route::{
+        address::AddressAttribute,
+        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState},
+        route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType, RouteVia},
+    },
+};
+
+use super::{redirect::failed, tap};
+use crate::error::Error;
+
+/// `RT_TABLE_MAIN`.
+const MAIN_TABLE: u32 = 254;
+
+/// Interfaces and what hangs on them, in the order of their indexes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// The guest's interfaces-to-be.
+    pub links: Vec<Link>,
+    routes: Vec<Route>,
+    neighbours: Vec<Neighbour>,
+}
+
+/// An interface of the namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// In the namespace.
+    pub index: u32,
+    /// Such as "eth0".
+    pub name: String,
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// Bytes.
+    pub mtu: u32,
+    addresses: Vec<(IpAddr, u8)>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Route {
+    destination: Option<(IpAddr, u8)>,
+    gateway: Option<IpAddr>,
+    source: Option<IpAddr>,
+    device: u32,
+    scope: u8,
+    onlink: bool,
+    metric: u32,
+    ipv6: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Neighbour {
+    address: IpAddr,
+    mac: [u8; 6],
+    device: u32,
+}
+
+/// Reads the namespace of the handle's socket.
+pub async fn read(handle: &Handle) -> Result<Layout, Error> {
+    let mut layout = Layout::default();
+    let links: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(failed("list the pod's network interfaces".to_owned()))?;
+    layout.links = links.iter().filter_map(link).collect();
+    layout.links.sort_by_key(|link| link.index);
+    read_addresses(handle, &mut layout).await?;
+    for version in [IpVersion::V4, IpVersion::V6] {
+        read_routes(handle, version, &mut layout).await?;
+    }
+    layout.routes.sort();
+    read_neighbours(handle, &mut layout).await?;
+    layout.neighbours.sort();
+    Ok(layout)
+}
+
+/// An interface that a guest can stand for: Ethernet, up, and neither made by Caisson nor one that
+/// only carries others.
+fn link(message: &LinkMessage) -> Option<Link> {
+    let header = &message.header;
+    if header.link_layer_type != LinkLayerType::Ether
+        || !header.flags.contains(LinkFlags::Up)
+        || header.flags.contains(LinkFlags::Loopback)
+    {
+        return None;
+    }
+    let mut link = Link {
+        index: header.index,
+        name: String::new(),
+        mac: [0; 6],
+        mtu: 1500,
+        addresses: Vec::new(),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Address(address) => link.mac = address.as_slice().try_into().ok()?,
+            LinkAttribute::LinkInfo(infos) if !infos.iter().all(can_be_taken) => return None,
+            _ => {}
+        }
+    }
+    (!tap::is_ours(&link.name)).then_some(link)
+}
+
+fn can_be_taken(info: &LinkInfo) -> bool {
+    !matches!(
+        info,
+        LinkInfo::Kind(InfoKind::Bridge | InfoKind::Dummy | InfoKind::Ifb)
+    )
+}
+
+async fn read_addresses(handle: &Handle, layout: &mut Layout) -> Result<(), Error> {
+    let mut addresses = handle.address().get().execute();
+    while let Some(message) = addresses
+        .try_next()
+        .await
+        .map_err(failed("list the pod's addresses".to_owned()))?
+    {
+        let index = message.header.index;
+        let Some(link) = layout.links.iter_mut().find(|link| link.index == index) else {
+            continue;
+        };
+        // On a link with a peer the local address is the pod's.
+        let find = |local: bool| {
+            message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    AddressAttribute::Local(address) if local => Some(*address),
+                    AddressAttribute::Address(address) if !local => Some(*address),
+                    _ => None,
+                })
+        };
+        let Some(address) = find(true).or_else(|| find(false)) else {
+            continue;
+        };
+        // The guest makes the same one from the same MAC.
+        if !matches!(address, IpAddr::V6(address) if address.is_unicast_link_local()) {
+            link.addresses.push((address, message.header.prefix_len));
+        }
+    }
+    Ok(())
+}
+
+async fn read_routes(
+    handle: &Handle,
+    version: IpVersion,
+    layout: &mut Layout,
+) -> Result<(), Error> {
+    let ipv6 = version == IpVersion::V6;
+    let filter = match version {
+        IpVersion::V4 => RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+        IpVersion::V6 => RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+    };
+    let mut routes = handle.route().get(filter).execute();
+    while let Some(message) = routes
+        .try_next()
+        .await
+        .map_err(failed("list the pod's routes".to_owned()))?
+    {
+        let Some(route) = route(&message, ipv6) else {
+            continue;
+        };
+        if layout.links.iter().any(|link| link.index == route.device) {
+            layout.routes.push(route);
+        }
+    }
+    Ok(())
+}
+
+fn route(message: &RouteMessage, ipv6: bool) -> Option<Route> {
+    let header = &message.header;
+    let mut table = u32::from(header.table);
+    let mut route = Route {
+        destination: None,
+        gateway: None,
+        source: None,
+        device: 0,
+        scope: header.scope.into(),
+        onlink: header.flags.contains(RouteFlags::Onlink),
+        metric: 0,
+        ipv6,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Destination(address) => {
+                route.destination = Some((ip(address)?, header.destination_prefix_length));
+            }
+            RouteAttribute::Gateway(address) => route.gateway = Some(ip(address)?),
+            RouteAttribute::Via(RouteVia::Inet6(address)) => {
+                route.gateway = Some((*address).into());
+            }
+            RouteAttribute::PrefSource(address) => route.source = Some(ip(address)?),
+            RouteAttribute::Oif(index) => route.device = *index,
+            RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::MultiPath(_) => {
+                log::warn!("a route of the pod by several routers is not passed on to the guest");
+                return None;
+            }
+            _ => {}
+        }
+    }
+    // The guest's kernel makes those of its link-local addresses and of multicast.
+    let own = matches!(route.destination, Some((IpAddr::V6(address), _))
+        if address.is_unicast_link_local() || address.is_multicast());
+    (table == MAIN_TABLE && header.kind == RouteType::Unicast && !own).then_some(route)
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
+    }
+}
+
+async fn read_neighbours(handle: &Handle, layout: &mut Layout) -> Result<(), Error> {
+    let mut neighbours = handle.neighbours().get().execute();
+    while let Some(message) = neighbours
+        .try_next()
+        .await
+        .map_err(failed("list the pod's neighbours".to_owned()))?
+    {
+        let device = message.header.ifindex;
+        if message.header.state != NeighbourState::Permanent
+            || !layout.links.iter().any(|link| link.index == device)
+        {
+            continue;
+        }
+        let (mut address, mut mac) = (None, None);
+        for attribute in &message.attributes {
+            match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(ip)) => {
+                    address = Some(IpAddr::from(*ip));
+                }
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(ip)) => {
+                    address = Some(IpAddr::from(*ip));
+                }
+                NeighbourAttribute::LinkLayerAddress(bytes) => {
+                    mac = bytes.as_slice().try_into().ok();
+                }
+                _ => {}
+            }
+        }
+        if let (Some(address), Some(mac)) = (address, mac) {
+            layout.neighbours.push(Neighbour {
+                address,
+                mac,
+                device,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// As text.
+pub fn mac(octets: [u8; 6]) -> String {
+    octets.map(|octet| format!("{octet:02x}")).join(":")
+}
+
+impl Layout {
+    /// For the agent.
+    pub fn to_proto(&self) -> agent::Network {
+        let name = |index: u32| {
+            let link = self.links.iter().find(|link| link.index == index);
+            link.map(|link| link.name.clone()).unwrap_or_default()
+        };
+        let cidr = |(address, prefix): &(IpAddr, u8)| format!("{address}/{prefix}");
+        let text = |address: &Option<IpAddr>| address.map(|ip| ip.to_string()).unwrap_or_default();
+        let interfaces = self.links.iter().map(|link| agent::NetworkInterface {
+            name: link.name.clone(),
+            mac: mac(link.mac),
+            mtu: link.mtu,
+            addresses: link.addresses.iter().map(cidr).collect(),
+            ..Default::default()
+        });
+        let routes = self.routes.iter().map(|route| agent::Route {
+            destination: match &route.destination {
+                Some(destination) => cidr(destination),
+                // A default route on the link has no gateway to tell its family.
+                None if route.gateway.is_none() && route.ipv6 => "::/0".to_owned(),
+                None if route.gateway.is_none() => "0.0.0.0/0".to_owned(),
+                None => String::new(),
+            },
+            gateway: text(&route.gateway),
+            source: text(&route.source),
+            device: name(route.device),
+            scope: route.scope.into(),
+            flags: if route.onlink {
+                RouteFlags::Onlink.bits()
+            } else {
+                0
+            },
+            metric: route.metric,
+            ..Default::default()
+        });
+        let neighbours = self.neighbours.iter().map(|neighbour| agent::Neighbour {
+            address: neighbour.address.to_string(),
+            mac: mac(neighbour.mac),
+            device: name(neighbour.device),
+            ..Default::default()
+        });
+        agent::Network {
+            interfaces: interfaces.collect(),
+            routes: routes.collect(),
+            neighbours: neighbours.collect(),
+            ..Default::default()
+        }
+    }
+}

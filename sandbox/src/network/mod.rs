@@ -1,0 +1,150 @@
+//! The pod's network: what a CNI plugin (or docker, or podman) has put into the pod's network
+//! namespace is taken over by the guest.
+//!
+//! Each interface gets a tap beside it in the namespace, and traffic control redirects every frame
+//! that arrives at the one to the other (ingress qdisc, u32, mirred), without a bridge. The guest's
+//! interface has the name, MAC, MTU, addresses, routes and permanent neighbours of the one it
+//! stands for. The host's own stack in the namespace sees no frame any more.
+//!
+//! [`layout`] reads the namespace, [`namespace`] enters it, [`redirect`] and [`tap`] change it.
+
+mod layout;
+mod namespace;
+mod redirect;
+mod tap;
+
+use std::{collections::BTreeMap, os::fd::OwnedFd, path::Path};
+
+pub use layout::{Layout, Link, mac};
+use namespace::Namespace;
+
+use crate::error::Error;
+
+/// The network namespace of a pod and what the guest has of it.
+pub struct Network {
+    namespace: Namespace,
+    taken: BTreeMap<u32, Taken>,
+    /// As the guest was last told.
+    told: Layout,
+}
+
+/// An interface that the guest has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    /// Slot of its device.
+    pub slot: u32,
+    mac: [u8; 6],
+}
+
+/// What differs between the namespace and the guest.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The namespace as it is now.
+    pub layout: Layout,
+    /// Interfaces of the guest that are to go, by their index in the namespace.
+    pub gone: Vec<(u32, Taken)>,
+    /// Interfaces that the guest lacks.
+    pub new: Vec<Link>,
+}
+
+impl Network {
+    /// Enters the namespace at `path`. It stays alive as long as this does.
+    ///
+    /// # Errors
+    /// It is not there or is none.
+    pub async fn open(path: &Path) -> Result<Self, Error> {
+        Ok(Self {
+            namespace: Namespace::open(path).await?,
+            taken: BTreeMap::new(),
+            // A guest starts with nothing.
+            told: Layout::default(),
+        })
+    }
+
+    /// News of the namespace; once.
+    pub fn changes(&mut self) -> Option<namespace::Changes> {
+        self.namespace.take_changes()
+    }
+
+    /// Compares the namespace with what the guest has. `None`: they are the same.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn difference(&self) -> Result<Option<Difference>, Error> {
+        let layout = layout::read(self.namespace.handle()).await?;
+        if self.told == layout {
+            return Ok(None);
+        }
+        let stays = |index: u32, taken: &Taken| {
+            let link = layout.links.iter().find(|link| link.index == index);
+            link.is_some_and(|link| link.mac == taken.mac)
+        };
+        let gone = self
+            .taken
+            .iter()
+            .filter(|(index, taken)| !stays(**index, taken))
+            .map(|(index, taken)| (*index, *taken))
+            .collect::<Vec<_>>();
+        let new = layout
+            .links
+            .iter()
+            .filter(|link| {
+                !self.taken.contains_key(&link.index)
+                    || gone.iter().any(|(index, _)| *index == link.index)
+            })
+            .cloned()
+            .collect();
+        Ok(Some(Difference { layout, gone, new }))
+    }
+
+    /// Puts a tap of `queues` queues beside an interface, and returns its descriptors.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn connect(&self, link: &Link, queues: u8) -> Result<Vec<OwnedFd>, Error> {
+        let name = tap::name_beside(link.index);
+        let made = name.clone();
+        let (taps, index) = self
+            .namespace
+            .run(format!("make the tap {name}"), move || {
+                tap::create(&made, queues)
+            })
+            .await?;
+        let handle = self.namespace.handle();
+        tap::bring_up(handle, index, &name, link.mtu).await?;
+        redirect::both(handle, link, index).await?;
+        Ok(taps)
+    }
+
+    /// Undoes [`Network::connect`].
+    pub async fn disconnect(&self, link: &Link) {
+        redirect::undo(self.namespace.handle(), link.index).await;
+    }
+
+    /// Remembers that the guest has an interface.
+    pub fn has_taken(&mut self, link: &Link, slot: u32) {
+        let mac = link.mac;
+        self.taken.insert(link.index, Taken { slot, mac });
+    }
+
+    /// Gives an interface back: its frames go to the namespace's own stack again. Its tap has gone
+    /// with the device.
+    pub async fn release(&mut self, index: u32) {
+        if self.taken.remove(&index).is_some() {
+            redirect::undo(self.namespace.handle(), index).await;
+        }
+    }
+
+    /// Gives all interfaces back.
+    pub async fn release_all(&mut self) {
+        for index in self.taken.keys().copied().collect::<Vec<_>>() {
+            self.release(index).await;
+        }
+        self.told = Layout::default();
+    }
+
+    /// Remembers what the guest has been told.
+    pub fn has_told(&mut self, layout: Layout) {
+        self.told = layout;
+    }
+}

@@ -1,0 +1,81 @@
+//! Taps (`Documentation/networking/tuntap.rst`).
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use rtnetlink::{Handle, LinkUnspec};
+
+use super::redirect::failed;
+use crate::error::Error;
+
+const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+
+/// The name of the tap beside the interface with this index.
+pub fn name_beside(index: u32) -> String {
+    format!("caisson{index}")
+}
+
+/// Whether the name is one of ours.
+pub fn is_ours(name: &str) -> bool {
+    name.strip_prefix("caisson")
+        .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// Makes a tap in the calling thread's namespace; it lives as long as its descriptors. Also tells
+/// its index.
+pub fn create(name: &str, queues: u8) -> io::Result<(Vec<OwnedFd>, u32)> {
+    let taps = (0..queues.max(1))
+        .map(|_| queue(name, queues > 1))
+        .collect::<io::Result<Vec<_>>>()?;
+    // The namespace's own stack must not speak on it. Kernels without IPv6 have no such file.
+    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::UNIX,
+        rustix::net::SocketType::DGRAM,
+        None,
+    )?;
+    let index = rustix::net::netdevice::name_to_index(socket, name)?;
+    Ok((taps, index))
+}
+
+fn queue(name: &str, several: bool) -> io::Result<OwnedFd> {
+    let tap = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .map_err(|error| io::Error::new(error.kind(), format!("/dev/net/tun: {error}")))?;
+    // SAFETY: all-zeros is a value of this C structure of numbers and bytes.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if several {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which `request` is.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) };
+    if result == 0 {
+        Ok(tap.into())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets the MTU and brings it up.
+pub async fn bring_up(handle: &Handle, index: u32, name: &str, mtu: u32) -> Result<(), Error> {
+    let message = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
+    handle
+        .link()
+        .change(message)
+        .execute()
+        .await
+        .map_err(failed(format!("bring up {name} with an MTU of {mtu}")))
+}
