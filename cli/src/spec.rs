@@ -234,6 +234,7 @@ pub fn container(request: &Request, capabilities: &[String], extra: &Extra) -> V
         "linux": {
             "resources": resources,
             "namespaces": [
+                { "type": "network" },
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "cgroup" },
             ],
             "seccomp": seccomp::profile(capabilities),

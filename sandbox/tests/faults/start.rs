@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 use crate::{host::Host, trial};
 
 /// Longest for what needs no deadline to be noticed.
-const SOON: Duration = Duration::from_secs(3);
+const SOON: Duration = Duration::from_secs(5);
 
 pub fn trials() -> Vec<Trial> {
     vec![
