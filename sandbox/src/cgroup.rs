@@ -6,10 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::cpuset::CpuSet;
+
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// Controllers that the sandbox's limits need.
-const CONTROLLERS: [&str; 2] = ["cpu", "memory"];
+const CONTROLLERS: [&str; 3] = ["cpu", "cpuset", "memory"];
 
 /// Period of the CPU limit, µs: the kernel's own default.
 const PERIOD: u64 = 100_000;
@@ -127,6 +129,16 @@ pub fn limit_memory(path: &Path, mib: u64) -> io::Result<()> {
 pub fn limit_cpu(path: &Path, millicpus: u64) -> io::Result<()> {
     let quota = millicpus.saturating_mul(PERIOD / 1000);
     fs::write(path.join("cpu.max"), format!("{quota} {PERIOD}"))
+}
+
+/// Binds all processes in the cgroup to processors and memory nodes; None: all of the parent's.
+///
+/// # Errors
+/// As [`limit_memory`].
+pub fn bind(path: &Path, cpus: Option<&CpuSet>, nodes: Option<&CpuSet>) -> io::Result<()> {
+    let text = |set: Option<&CpuSet>| set.map_or_else(|| "\n".to_owned(), CpuSet::to_string);
+    fs::write(path.join("cpuset.cpus"), text(cpus))?;
+    fs::write(path.join("cpuset.mems"), text(nodes))
 }
 
 /// Kills what is in it and removes it.

@@ -10,6 +10,7 @@
 mod agent;
 mod cgroup;
 mod config;
+mod cpuset;
 mod deadline;
 mod disk;
 mod error;

@@ -3,7 +3,7 @@
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::Deserialize;
 
-use crate::{config::Config, error::Error};
+use crate::{config::Config, cpuset::CpuSet, error::Error};
 
 const MIB: u64 = 1 << 20;
 
@@ -33,44 +33,82 @@ const CRIO_RESOURCES: [&str; 2] = [
 ];
 
 /// What a container may use.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// CPU time, thousandths of a processor. None: no limit.
-    pub millicpus: Option<u64>,
+    /// CPU time by its quota, thousandths of a processor. None: no limit.
+    pub quota: Option<u64>,
     /// Memory, bytes. None: no limit.
     pub memory: Option<u64>,
+    /// Processors of the host. None: all.
+    pub cpus: Option<CpuSet>,
+    /// Memory nodes of the host. None: all.
+    pub nodes: Option<CpuSet>,
 }
 
 impl Limits {
     /// Limits of the container with this specification. None: it only holds a pod, and needs
     /// nothing.
-    pub fn of(spec: &Spec) -> Option<Self> {
+    ///
+    /// # Errors
+    /// A set of processors or nodes that is none, or that the host does not have.
+    pub fn of(spec: &Spec) -> Result<Option<Self>, Error> {
         let annotation = |key: &&str| spec.annotations().as_ref()?.get(*key);
         if CONTAINER_TYPES
             .iter()
             .filter_map(annotation)
             .any(|kind| kind == "sandbox")
         {
-            return None;
+            return Ok(None);
         }
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
-        Some(resources.map_or_else(Self::default, |it| Self::default().updated(it)))
+        let none = Self::default();
+        resources
+            .map_or_else(|| Ok(none.clone()), |it| none.updated(it))
+            .map(Some)
     }
 
     /// These limits with what `resources` says changed; what it leaves out stays.
-    pub fn updated(self, resources: &LinuxResources) -> Self {
+    ///
+    /// # Errors
+    /// As [`Limits::of`].
+    pub fn updated(&self, resources: &LinuxResources) -> Result<Self, Error> {
         let cpu = resources.cpu().as_ref();
         let quota = cpu.and_then(|cpu| cpu.quota());
         let memory = resources
             .memory()
             .as_ref()
             .and_then(|memory| memory.limit());
-        Self {
-            millicpus: quota.map_or(self.millicpus, |quota| {
+        let (cpus, nodes) = cpu.map_or((None, None), |cpu| {
+            (cpu.cpus().as_ref(), cpu.mems().as_ref())
+        });
+        Ok(Self {
+            quota: quota.map_or(self.quota, |quota| {
                 millicpus(Some(quota), cpu.and_then(|cpu| cpu.period()))
             }),
             memory: memory.map_or(self.memory, positive),
+            cpus: host_set("cpu", "processors", cpus)?.or_else(|| self.cpus.clone()),
+            nodes: host_set("node", "memory nodes", nodes)?.or_else(|| self.nodes.clone()),
+        })
+    }
+
+    /// CPU time that can be used, thousandths of a processor. None: no limit.
+    pub fn millicpus(&self) -> Option<u64> {
+        let all = self.cpus.as_ref().map(|cpus| cpus.len() as u64 * 1000);
+        match (self.quota, all) {
+            (Some(quota), Some(all)) => Some(quota.min(all)),
+            (quota, all) => quota.or(all),
+        }
+    }
+
+    /// What is enough for a container with either limits.
+    pub fn either(&self, other: &Self) -> Self {
+        let larger = |a: Option<u64>, b: Option<u64>| Some(a?.max(b?));
+        Self {
+            quota: larger(self.quota, other.quota),
+            memory: larger(self.memory, other.memory),
+            cpus: union(&self.cpus, &other.cpus),
+            nodes: union(&self.nodes, &other.nodes),
         }
     }
 
@@ -85,8 +123,9 @@ impl Limits {
         let (quota, period, memory) = (number("cpu-quota"), number("cpu-period"), number("memory"));
         if quota.is_some() || memory.is_some() {
             return Some(Self {
-                millicpus: millicpus(quota, period.and_then(|period| period.try_into().ok())),
+                quota: millicpus(quota, period.and_then(|period| period.try_into().ok())),
                 memory: memory.and_then(positive),
+                ..Self::default()
             });
         }
         let text = CRIO_RESOURCES
@@ -94,8 +133,9 @@ impl Limits {
             .find_map(|key| annotations.get(*key))?;
         let told: CrioResources = serde_json::from_str(text).ok()?;
         Some(Self {
-            millicpus: millicpus(Some(told.cpu_quota), told.cpu_period.try_into().ok()),
+            quota: millicpus(Some(told.cpu_quota), told.cpu_period.try_into().ok()),
             memory: positive(told.memory_limit_in_bytes),
+            ..Self::default()
         })
     }
 }
@@ -109,6 +149,32 @@ struct CrioResources {
     cpu_period: i64,
     #[serde(default)]
     memory_limit_in_bytes: i64,
+}
+
+/// None is all.
+fn union(a: &Option<CpuSet>, b: &Option<CpuSet>) -> Option<CpuSet> {
+    Some(a.as_ref()?.union(b.as_ref()?))
+}
+
+/// A set of what the host has: `kind` as in sysfs. None where nothing is said.
+fn host_set(kind: &str, name: &str, text: Option<&String>) -> Result<Option<CpuSet>, Error> {
+    let Some(text) = text.filter(|text| !text.is_empty()) else {
+        return Ok(None);
+    };
+    let set: CpuSet = text
+        .parse()
+        .map_err(|()| Error::Invalid(format!("\"{text}\" is no list of {name}, such as 0-3,7")))?;
+    let file = format!("/sys/devices/system/{kind}/possible");
+    let possible = std::fs::read_to_string(&file).unwrap_or_default();
+    // A host that does not tell will have its kernel decide.
+    if let Ok(possible) = possible.parse::<CpuSet>()
+        && !set.is_subset(&possible)
+    {
+        return Err(Error::Invalid(format!(
+            "the {name} {set} are asked for; this host can have {possible}"
+        )));
+    }
+    Ok(Some(set))
 }
 
 /// Of a quota and a period in µs.
@@ -135,8 +201,10 @@ pub struct Size {
 impl Size {
     /// Size for a pod whose first container has `spec`.
     pub fn of(config: &Config, spec: &Spec) -> Self {
-        let limits = Limits::of_pod(spec).unwrap_or_else(|| Limits::of(spec).unwrap_or_default());
-        let vcpus = limits.millicpus.map(whole);
+        // What cannot be understood is told when the container is created.
+        let own = || Limits::of(spec).ok().flatten().unwrap_or_default();
+        let limits = Limits::of_pod(spec).unwrap_or_else(own);
+        let vcpus = limits.millicpus().map(whole);
         let memory = limits.memory.map(mib);
         Self {
             vcpus: vcpus.map_or(0, |vcpus| vcpus.clamp(1, config.max_vcpus)),
@@ -245,10 +313,11 @@ impl Room {
         containers: impl Iterator<Item = &'a Limits>,
     ) -> Result<Needed, Error> {
         let (mut millicpus, mut memory) = (0u64, u64::from(config.guest_overhead_mib));
-        let (mut any_cpu, mut any_memory, mut limited) = (false, false, false);
+        let (mut any_cpu, mut any_memory) = (false, false);
+        let mut together: Option<Limits> = None;
         for limits in containers {
-            limited = true;
-            match limits.millicpus {
+            together = Some(together.map_or_else(|| limits.clone(), |all| all.either(limits)));
+            match limits.millicpus() {
                 Some(limit) => millicpus = millicpus.saturating_add(limit),
                 None => any_cpu = true,
             }
@@ -281,17 +350,19 @@ impl Room {
         Ok(Needed {
             vcpus,
             memory_mib,
-            millicpus: if limited && !any_cpu {
+            millicpus: if together.is_some() && !any_cpu {
                 millicpus.min(all)
             } else {
                 all
             },
+            cpus: together.as_ref().and_then(|all| all.cpus.clone()),
+            nodes: together.and_then(|all| all.nodes),
         })
     }
 }
 
 /// What a microVM needs for its containers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Needed {
     /// vCPUs.
     pub vcpus: u8,
@@ -299,6 +370,10 @@ pub struct Needed {
     pub memory_mib: u32,
     /// CPU time that the containers may use, thousandths of a processor.
     pub millicpus: u64,
+    /// Processors of the host that they may use. None: all.
+    pub cpus: Option<CpuSet>,
+    /// Memory nodes of the host that they may use. None: all.
+    pub nodes: Option<CpuSet>,
 }
 
 #[cfg(test)]
@@ -348,7 +423,11 @@ mod tests {
         let unlimited = text.replace("250000", "0").replace("1073741824", "0");
         let size = Size::of(&config, &spec(&unlimited));
         assert_eq!((size.vcpus, size.memory_mib), (0, 0), "the default");
-        assert_eq!(Limits::of(&spec(text)), None, "it only holds the pod");
+        assert_eq!(
+            Limits::of(&spec(text)).unwrap(),
+            None,
+            "it only holds the pod"
+        );
     }
 
     #[test]
@@ -368,17 +447,22 @@ mod tests {
     #[test]
     fn an_update_changes_what_it_names() {
         let before = Limits {
-            millicpus: Some(500),
+            quota: Some(500),
             memory: Some(5),
+            ..Limits::default()
         };
-        let update = |json: &str| before.updated(&serde_json::from_str(json).unwrap());
+        let update = |json: &str| {
+            before
+                .updated(&serde_json::from_str(json).unwrap())
+                .unwrap()
+        };
         assert_eq!(update("{}"), before);
         assert_eq!(update(r#"{"cpu":{"shares":7}}"#), before);
         assert_eq!(
-            update(r#"{"cpu":{"quota":20000,"period":10000}}"#).millicpus,
+            update(r#"{"cpu":{"quota":20000,"period":10000}}"#).quota,
             Some(2000)
         );
-        assert_eq!(update(r#"{"cpu":{"quota":-1}}"#).millicpus, None);
+        assert_eq!(update(r#"{"cpu":{"quota":-1}}"#).quota, None);
         assert_eq!(update(r#"{"memory":{"limit":9}}"#).memory, Some(9));
         assert_eq!(update(r#"{"memory":{"limit":-1}}"#).memory, None);
     }
@@ -394,8 +478,9 @@ mod tests {
         let limits: Vec<Limits> = containers
             .iter()
             .map(|(millicpus, memory)| Limits {
-                millicpus: *millicpus,
+                quota: *millicpus,
                 memory: memory.map(|mib| mib * MIB),
+                ..Limits::default()
             })
             .collect();
         ROOM.needed(&Config::default(), limits.iter())
@@ -433,6 +518,39 @@ mod tests {
             "{message}"
         );
         assert!(needed(&[(None, Some(u64::MAX / MIB)), (None, Some(1 << 40))]).is_err());
+    }
+
+    #[test]
+    fn sets_of_processors_are_the_hosts() {
+        let limits = |json: &str| Limits::default().updated(&serde_json::from_str(json).unwrap());
+        let first =
+            limits(r#"{"cpu":{"cpus":"0","mems":"0","quota":250000,"period":100000}}"#).unwrap();
+        assert_eq!(first.millicpus(), Some(1000), "no more than the processors");
+        let wide = Limits {
+            cpus: Some("2-4".parse().unwrap()),
+            ..Limits::default()
+        };
+        assert_eq!(wide.millicpus(), Some(3000));
+        let needed = |list: &[Limits]| ROOM.needed(&Config::default(), list.iter()).unwrap();
+        let both = needed(&[first.clone(), wide.clone()]);
+        assert_eq!((both.vcpus, both.millicpus), (4, 4000));
+        assert_eq!(both.cpus.unwrap().to_string(), "0,2-4");
+        assert_eq!(both.nodes, None, "one has no such limit");
+        assert_eq!(needed(&[first, Limits::default()]).cpus, None);
+        let absent = limits(r#"{"cpu":{"cpus":"8000"}}"#)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            absent.contains("processors 8000") && absent.contains("can have 0"),
+            "{absent}"
+        );
+        let wrong = limits(r#"{"cpu":{"mems":"zero"}}"#)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            wrong.contains("\"zero\" is no list of memory nodes"),
+            "{wrong}"
+        );
     }
 
     #[test]

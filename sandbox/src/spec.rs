@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use caisson_protocol::SHARE_PREFIX;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 
 use crate::error::Error;
 
@@ -38,6 +38,9 @@ pub fn translate(spec: &mut Spec) -> Result<(), Error> {
     if let Some(linux) = spec.linux_mut() {
         // The agent decides where a container's cgroup is.
         linux.set_cgroups_path(None);
+        if let Some(resources) = linux.resources_mut() {
+            take_host_sets(resources);
+        }
         let mut kept = Vec::new();
         for namespace in linux.namespaces().clone().unwrap_or_default() {
             match (namespace.typ(), namespace.path()) {
@@ -57,6 +60,14 @@ pub fn translate(spec: &mut Spec) -> Result<(), Error> {
         linux.set_namespaces(Some(kept));
     }
     Ok(())
+}
+
+/// Takes out processors and memory nodes: they are numbers of the host's, and mean others in the
+/// guest or none. The sandbox's cgroup on the host is bound to them.
+pub fn take_host_sets(resources: &mut LinuxResources) {
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None).set_mems(None);
+    }
 }
 
 /// The bind mounts whose sources are on the host.
@@ -105,12 +116,17 @@ mod tests {
     #[test]
     fn host_things_go() {
         let mut one = spec(
-            r#"{"cgroupsPath":"/kubepods/x","namespaces":[{"type":"network","path":"/run/netns/a"},{"type":"pid"},{"type":"uts","path":"/proc/7/ns/uts"}]}"#,
+            r#"{"cgroupsPath":"/kubepods/x","resources":{"cpu":{"cpus":"2","mems":"0","shares":7}},"namespaces":[{"type":"network","path":"/run/netns/a"},{"type":"pid"},{"type":"uts","path":"/proc/7/ns/uts"}]}"#,
             "[]",
         );
         translate(&mut one).unwrap();
         let linux = one.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path(), &None);
+        let cpu = linux.resources().as_ref().unwrap().cpu().as_ref().unwrap();
+        assert_eq!(
+            (cpu.cpus(), cpu.mems(), cpu.shares()),
+            (&None, &None, Some(7))
+        );
         assert_eq!(linux.namespaces().as_ref().unwrap().len(), 1);
         let mut other = spec(
             r#"{"namespaces":[{"type":"pid","path":"/proc/1/ns/pid"}]}"#,

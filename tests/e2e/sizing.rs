@@ -218,6 +218,23 @@ fn an_update_grows_the_microvm_and_gives_back() {
 }
 
 #[test]
+fn processors_of_the_host_bind_the_microvm_and_mean_nothing_in_it() {
+    let host = Host::claim();
+    let pod = Pod::start(&host);
+    pod.update(&json!({ "cpu": { "cpus": "0", "mems": "0" } }))
+        .unwrap();
+    assert_eq!(pod.host_limit("cpuset.cpus"), "0");
+    assert_eq!(pod.host_limit("cpuset.mems"), "0");
+    assert_eq!(pod.ask("cat /sys/fs/cgroup/cpuset.cpus"), [0; 0]);
+    let refused = pod
+        .update(&json!({ "cpu": { "cpus": "8000" } }))
+        .unwrap_err();
+    assert!(refused.contains("processors 8000"), "{refused}");
+    assert_eq!(pod.host_limit("cpuset.cpus"), "0");
+    pod.end();
+}
+
+#[test]
 fn a_container_that_comes_grows_the_microvm_and_one_that_goes_gives_back() {
     let host = Host::claim();
     let pod = Pod::start(&host);

@@ -25,8 +25,8 @@ impl Sandbox {
     /// [`Error`]; nothing of the container is left then.
     pub async fn create_container(&self, request: ContainerSpec) -> Result<Created, Error> {
         let mut spec = spec::parse(&request.spec_json)?;
+        let limits = Limits::of(&spec)?;
         spec::translate(&mut spec)?;
-        let limits = Limits::of(&spec);
         self.make_room(&request.id, limits).await?;
         let mut holdings = Holdings::default();
         match self.create_with(&request, spec, &mut holdings).await {

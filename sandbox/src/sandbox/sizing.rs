@@ -4,15 +4,18 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use caisson_protocol::agent::{OnlineResourcesRequest, UpdateContainerRequest};
 use caisson_vmm_api::{Request, Response};
+use oci_spec::runtime::LinuxResources;
 use tokio::{sync::Mutex, time::Instant};
 
 use super::{Sandbox, unexpected};
 use crate::{
     cgroup,
     config::Config,
+    cpuset::CpuSet,
     deadline::scaled,
     error::{AgentErrorKind, Error},
     size::{Limits, Needed, Room},
+    spec,
     vmm::Vmm,
 };
 
@@ -42,7 +45,11 @@ struct State {
     plugged_mib: u32,
     /// Changes of it.
     generation: u64,
+    host_sets: HostSets,
 }
+
+/// Processors and memory nodes of the host; None: all.
+type HostSets = (Option<CpuSet>, Option<CpuSet>);
 
 /// Limits of the sandbox's processes.
 #[derive(Clone)]
@@ -71,6 +78,16 @@ impl Host {
             log::warn!("no CPU limit on the host ({}): {error}", cgroup.display());
         }
     }
+
+    fn bind(&self, (cpus, nodes): &HostSets) {
+        let Some(cgroup) = &self.cgroup else { return };
+        if let Err(error) = cgroup::bind(cgroup, cpus.as_ref(), nodes.as_ref()) {
+            log::warn!(
+                "not bound to processors of the host ({}): {error}",
+                cgroup.display()
+            );
+        }
+    }
 }
 
 impl Sizing {
@@ -90,6 +107,7 @@ impl Sizing {
                 vcpus: room.boot_vcpus,
                 plugged_mib: 0,
                 generation: 0,
+                host_sets: (None, None),
             })),
         }
     }
@@ -130,28 +148,27 @@ impl Sandbox {
     /// # Errors
     /// A limit that cannot be set, or for which the microVM cannot grow; all is as it was then.
     pub async fn update(&self, container: &str, resources_json: Vec<u8>) -> Result<(), Error> {
-        let resources = serde_json::from_slice(&resources_json).map_err(|error| {
+        let mut resources = serde_json::from_slice(&resources_json).map_err(|error| {
             Error::Invalid(format!("these are no linux.resources of OCI: {error}"))
         })?;
         let mut state = self.sizing.state.lock().await;
         let before = state.containers.clone();
-        let Some(old) = before.get(container).copied() else {
+        let Some(old) = before.get(container).cloned() else {
             // One that holds a pod needs no room; of one that is not there the agent tells.
-            return self.update_in_guest(container, resources_json).await;
+            spec::take_host_sets(&mut resources);
+            return self.update_in_guest(container, &resources).await;
         };
-        let new = old.updated(&resources);
+        let new = old.updated(&resources)?;
+        spec::take_host_sets(&mut resources);
         // Until the guest has taken the new limits, both may be used.
-        let during = Limits {
-            millicpus: larger(old.millicpus, new.millicpus),
-            memory: larger(old.memory, new.memory),
-        };
+        let during = old.either(&new);
         let with = |limits| {
             let mut containers = before.clone();
             containers.insert(container.to_owned(), limits);
             containers
         };
         self.fit(&mut state, with(during)).await?;
-        let updated = self.update_in_guest(container, resources_json).await;
+        let updated = self.update_in_guest(container, &resources).await;
         let after = if updated.is_ok() { new } else { old };
         if let Err(error) = self.fit(&mut state, with(after)).await {
             log::warn!("the microVM keeps the size it has: {error}");
@@ -159,10 +176,16 @@ impl Sandbox {
         updated
     }
 
-    async fn update_in_guest(&self, container: &str, resources: Vec<u8>) -> Result<(), Error> {
+    async fn update_in_guest(
+        &self,
+        container: &str,
+        resources: &LinuxResources,
+    ) -> Result<(), Error> {
+        let resources_json =
+            serde_json::to_vec(resources).map_err(|error| Error::Invalid(error.to_string()))?;
         let request = UpdateContainerRequest {
             container_id: container.to_owned(),
-            resources_json: resources,
+            resources_json,
             ..Default::default()
         };
         self.agent
@@ -201,6 +224,11 @@ impl Sandbox {
         state.plugged_mib = plugged;
         state.containers = containers;
         self.sizing.host.limit_cpu(needed.millicpus);
+        let sets = (needed.cpus.clone(), needed.nodes.clone());
+        if sets != state.host_sets {
+            self.sizing.host.bind(&sets);
+            state.host_sets = sets;
+        }
         log_size(&needed, room);
         Ok(())
     }
@@ -306,11 +334,6 @@ impl Watch {
         }
         log::info!("the guest has not unplugged all that it was asked to");
     }
-}
-
-/// None is no limit.
-fn larger(a: Option<u64>, b: Option<u64>) -> Option<u64> {
-    Some(a?.max(b?))
 }
 
 async fn set_plugged(vmm: &Vmm, mib: u32) -> Result<(), Error> {
