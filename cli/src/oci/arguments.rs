@@ -237,9 +237,20 @@ pub fn command() -> Command {
 pub const STAY: &str = "oci-monitor";
 
 /// Verbs that docker's command line does not have here.
-const ONLY: [&str; 12] = [
-    "create", "start", "state", "delete", "pause", "resume", "update", "events", "features",
-    "list", "spec", STAY,
+const ONLY: [&str; 13] = [
+    "create",
+    "start",
+    "state",
+    "delete",
+    "pause",
+    "resume",
+    "update",
+    "events",
+    "features",
+    "list",
+    "spec",
+    STAY,
+    super::stand_in::VERB,
 ];
 
 /// Names under which the program is always an OCI runtime.

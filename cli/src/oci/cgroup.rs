@@ -114,9 +114,20 @@ impl Place {
             enable_controllers(&above);
             above.push(part);
         }
-        let procs = directory.join("cgroup.procs");
-        fs::write(&procs, std::process::id().to_string())
-            .map_err(Error::file("enter the cgroup", procs))
+        self.join()
+    }
+
+    /// Puts this process into the cgroup, which is there.
+    ///
+    /// # Errors
+    /// The host does not let us.
+    pub fn join(&self) -> Result<(), Error> {
+        if !is_unified() {
+            return Ok(());
+        }
+        let procs = self.directory().join("cgroup.procs");
+        // 0 is the writer, whose id in its PID namespace is another than here.
+        fs::write(&procs, "0").map_err(Error::file("enter the cgroup", procs))
     }
 
     /// A transient scope, by the manager's D-Bus interface (org.freedesktop.systemd1(5)).

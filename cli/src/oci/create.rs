@@ -3,24 +3,26 @@
 use std::{
     fs,
     io::{stderr, stdin, stdout},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::net::UnixStream},
     path::Path,
     time::Duration,
 };
 
 use caisson_sandbox::scaled;
 use clap::ArgMatches;
+use serde_json::json;
 
 use super::{
     bundle::Bundle,
     cgroup::Place,
     console,
     handshake::{Link, Order},
-    hooks, process,
+    hooks, process, stand_in,
     state::{self, Container, Record, Root, Status},
 };
 use crate::{
     arguments::one,
+    container::{Identity, start_time},
     error::{Error, ShimCode},
 };
 
@@ -135,34 +137,50 @@ fn create(container: &Container, bundle: &Bundle, socket: Option<&Path>) -> Resu
         directory: container.directory.clone(),
         exec: None,
         terminal: bundle.terminal,
-        own_network: bundle.own_network,
         cgroup: container.record.cgroup.clone(),
     };
     let slave = socket
         .map(|socket| console::make(socket, bundle.console_size))
         .transpose()?;
     let (stdin, stdout, stderr) = (stdin(), stdout(), stderr());
+    let (monitors, stand_ins) = UnixStream::pair().map_err(Error::io("make a socket"))?;
+    let other = monitors.as_fd();
     let mut link = match &slave {
-        Some(slave) => Link::start(&order, &[slave.as_fd()])?,
-        None => Link::start(&order, &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()])?,
+        Some(slave) => Link::start(&order, &[other, slave.as_fd()])?,
+        None => Link::start(
+            &order,
+            &[other, stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+        )?,
     };
-    // From here on the process holds it alone.
-    drop(slave);
-    let pid = link.pid;
-    match drive(&mut link, container, bundle) {
-        Ok(()) => Ok(pid),
-        Err(error) => {
-            link.give_up(scaled(GIVE_UP_LIMIT));
-            Err(error)
-        }
-    }
+    // From here on the process holds them alone.
+    drop((slave, monitors));
+    drive(&mut link, container, bundle, stand_ins).inspect_err(|_| {
+        link.give_up(scaled(GIVE_UP_LIMIT));
+    })
 }
 
-fn drive(link: &mut Link, container: &Container, bundle: &Bundle) -> Result<(), Error> {
+fn drive(
+    link: &mut Link,
+    container: &Container,
+    bundle: &Bundle,
+    socket: UnixStream,
+) -> Result<u32, Error> {
     link.next(scaled(READY_LIMIT))?;
-    let network = bundle
-        .own_network
-        .then(|| format!("/proc/{}/ns/net", link.pid));
+    let start = stand_in::Start {
+        directory: container.directory.clone(),
+        own_network: bundle.own_network,
+        cgroup: container.record.cgroup.clone(),
+    };
+    let pid = stand_in::start(&start, socket.into(), scaled(READY_LIMIT))?;
+    let identity = Identity {
+        pid,
+        start_time: start_time(pid).unwrap_or(0),
+    };
+    state::write(
+        &container.directory.join("process.json"),
+        json!(identity).to_string(),
+    )?;
+    let network = bundle.own_network.then(|| format!("/proc/{pid}/ns/net"));
     let cgroup = container.record.cgroup.as_ref();
     let config = bundle.for_shim(
         network.as_deref().map(Path::new),
@@ -175,5 +193,6 @@ fn drive(link: &mut Link, container: &Container, bundle: &Bundle) -> Result<(), 
     let state = container.state(Status::Creating);
     hooks::run("createRuntime", &bundle.hooks.create, &state)?;
     link.go()?;
-    link.next(scaled(CREATE_LIMIT)).map(drop)
+    link.next(scaled(CREATE_LIMIT))?;
+    Ok(pid)
 }

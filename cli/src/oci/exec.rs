@@ -101,7 +101,6 @@ fn run_in(
         directory: container.directory.clone(),
         exec: Some(exec.to_owned()),
         terminal,
-        own_network: false,
         cgroup: container.record.cgroup.clone().filter(|place| {
             // systemd's scope is entered as any cgroup once it is there.
             place.systemd.is_none()

@@ -35,8 +35,6 @@ pub struct Order {
     pub exec: Option<String>,
     /// The streams are one terminal.
     pub terminal: bool,
-    /// It makes a network namespace first.
-    pub own_network: bool,
     /// It goes into this cgroup first.
     pub cgroup: Option<super::cgroup::Place>,
 }
@@ -160,8 +158,8 @@ impl Link {
 
     /// Ends the process after a failure: it hears that nobody listens any more, cleans up and
     /// ends; one that does not is killed.
-    pub fn give_up(mut self, limit: Duration) {
-        drop(self.socket);
+    pub fn give_up(&mut self, limit: Duration) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let end = std::time::Instant::now() + limit;
         while std::time::Instant::now() < end {
             if !matches!(self.child.try_wait(), Ok(None)) {
@@ -228,7 +226,11 @@ fn line(message: &impl Serialize) -> Result<Vec<u8>, Error> {
     Ok(line)
 }
 
-fn send(mut socket: &UnixStream, message: &impl Serialize) -> Result<(), Error> {
+/// Sends a line.
+///
+/// # Errors
+/// Nobody is there any more.
+pub fn send(mut socket: &UnixStream, message: &impl Serialize) -> Result<(), Error> {
     socket
         .write_all(&line(message)?)
         .map_err(Error::io("talk to the container's process"))
@@ -241,7 +243,7 @@ fn send_with(
     descriptors: &[BorrowedFd<'_>],
 ) -> Result<(), Error> {
     let line = line(message)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
         return Err(Error::Usage("too many descriptors".to_owned()));
@@ -259,7 +261,11 @@ fn send_with(
         .map_err(Error::io("talk to the container's process"))
 }
 
-fn receive<T: DeserializeOwned>(socket: &UnixStream) -> io::Result<T> {
+/// Receives a line.
+///
+/// # Errors
+/// None comes, or it is no such message.
+pub fn receive<T: DeserializeOwned>(socket: &UnixStream) -> io::Result<T> {
     // Byte by byte: what follows the line is for the next reader.
     let mut line = Vec::new();
     BufReader::with_capacity(1, socket)
@@ -272,7 +278,7 @@ fn receive<T: DeserializeOwned>(socket: &UnixStream) -> io::Result<T> {
 }
 
 fn receive_with(socket: &UnixStream) -> io::Result<(Order, Vec<OwnedFd>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut first = [0; 1];
     let received = recvmsg(
@@ -334,7 +340,6 @@ mod tests {
             directory: "/x".into(),
             exec: None,
             terminal: true,
-            own_network: false,
             cgroup: None,
         };
         let (mut reader, writer) = io::pipe().unwrap();

@@ -139,7 +139,7 @@ pub fn delete(root: &Root, matches: &ArgMatches) -> Result<u8, Error> {
 /// Something of it could not be removed; its directory stays then.
 pub fn remove(root: &Root, container: &Container) -> Result<(), Error> {
     let (record, directory) = (&container.record, &container.directory);
-    if container.process().is_some() && container.exit().is_none() {
+    if container.exit().is_none() {
         crate::event_loop()?.block_on(async {
             if let Ok(shim) = Shim::of_bundle(&container.shim_bundle()).await {
                 // It may have ended at this moment.
@@ -147,7 +147,11 @@ pub fn remove(root: &Root, container: &Container) -> Result<(), Error> {
             }
         });
     }
-    end_process(directory, scaled(END));
+    end_process(&directory.join("monitor.json"), scaled(END));
+    end_process(
+        &directory.join("process.json"),
+        scaled(Duration::from_secs(2)),
+    );
     end_execs(directory);
     let exit = container.exit();
     if exit.is_none_or(|exit| !exit.clean) && container.shim_bundle().join("config.json").exists() {
@@ -170,14 +174,17 @@ fn end_execs(directory: &Path) {
     };
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().starts_with("exec-") {
-            end_process(&entry.path(), scaled(Duration::from_secs(2)));
+            end_process(
+                &entry.path().join("process.json"),
+                scaled(Duration::from_secs(2)),
+            );
         }
     }
 }
 
-/// Waits for the end of the process of a directory; kills it when it takes longer than `limit`.
-fn end_process(directory: &Path, limit: Duration) {
-    let alive = || live_process(directory);
+/// Waits for the end of the process that a file names; kills it when it takes longer than `limit`.
+fn end_process(file: &Path, limit: Duration) {
+    let alive = || live_process(file);
     let end = Instant::now() + limit;
     while alive().is_some() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(5));

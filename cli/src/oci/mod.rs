@@ -1,8 +1,8 @@
 //! `caisson` as an OCI runtime: runc's verbs on bundles, for podman's conmon, containerd's runc
 //! shim and people.
 //!
-//! Each container has a process on the host that stands for its first process: it carries the
-//! streams and ends with the same exit code ([`monitor`]). What is known of a container is in
+//! Each container has two processes on the host: one that stands for its first process in the eyes
+//! of callers ([`stand_in`]), and one that carries the streams and looks after it ([`monitor`]). What is known of a container is in
 //! `<root>/<id>` ([`state`]).
 
 mod arguments;
@@ -22,6 +22,7 @@ mod monitor;
 mod process;
 mod relay;
 mod report;
+mod stand_in;
 mod state;
 mod update;
 
@@ -44,6 +45,11 @@ pub fn run() -> Option<ExitCode> {
         && verb == arguments::STAY
     {
         return Some(monitor::run(rest));
+    }
+    if let [_, verb, rest @ ..] = words.as_slice()
+        && verb == stand_in::VERB
+    {
+        return Some(stand_in::run(rest));
     }
     let matches = match arguments::command().try_get_matches_from(words) {
         Ok(matches) => matches,

@@ -1,15 +1,18 @@
-//! The process on the host that stands for a container, or for an exec: it carries the streams,
-//! passes signals on, and ends with the same exit code. Whoever has started the verb gets it as a
-//! child (a subreaper such as conmon or containerd's runc shim) and waits for it.
+//! The process on the host that looks after a container or an exec: it carries the streams, passes
+//! signals on, and knows the end. For an exec it is also what callers wait for: whoever has started
+//! the verb gets it as a child (a subreaper such as conmon or containerd's runc shim), and it ends
+//! with the same exit code. For a container that is the [`super::stand_in`].
 
 use std::{
     fs::{self, File},
     io::Read,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
-use caisson_sandbox::Config;
+use caisson_sandbox::{Config, scaled};
 use serde_json::json;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -19,8 +22,8 @@ use tokio::{
 use super::{
     console,
     handshake::{News, Order, Verb},
-    process,
     relay::{Copies, Ends, Relay},
+    stand_in::StandIn,
     state::{self, Exit, Record, shim_bundle},
 };
 use crate::{
@@ -31,6 +34,9 @@ use crate::{
 
 /// 128 + SIGKILL: the machine or the shim went, and the container with it.
 const KILLED: u32 = 137;
+
+/// Until the process that stands for the container has taken its root.
+const ENTER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Signals that are meant for the process in the guest.
 const PASSED: [i32; 7] = [1, 2, 3, 10, 12, 15, 18];
@@ -44,7 +50,7 @@ pub fn run(_words: &[String]) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match stay(&verb, &order, streams.into_iter().map(File::from).collect()) {
+    match stay(&verb, &order, streams) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             // For the log; the verb may have gone.
@@ -80,7 +86,7 @@ impl Target {
     }
 }
 
-fn stay(verb: &Verb, order: &Order, streams: Vec<File>) -> Result<u8, Error> {
+fn stay(verb: &Verb, order: &Order, mut streams: Vec<OwnedFd>) -> Result<u8, Error> {
     // Out of the caller's session, as a container's first process is.
     let _ = rustix::process::setsid();
     let root = order.directory.parent().and_then(Path::to_str);
@@ -94,7 +100,13 @@ fn stay(verb: &Verb, order: &Order, streams: Vec<File>) -> Result<u8, Error> {
         Some(exec) => exec_directory(&order.directory, exec),
         None => order.directory.clone(),
     };
-    state::write(&own.join("process.json"), json!(own_identity()).to_string())?;
+    // An exec's is what callers know the program by.
+    let name = if order.exec.is_some() {
+        "process.json"
+    } else {
+        "monitor.json"
+    };
+    state::write(&own.join(name), json!(own_identity()).to_string())?;
     let target = Target {
         config: root.config,
         namespace: root.namespace,
@@ -103,13 +115,16 @@ fn stay(verb: &Verb, order: &Order, streams: Vec<File>) -> Result<u8, Error> {
         directory: order.directory.clone(),
         own,
     };
-    if order.own_network {
-        process::own_network()?;
-    }
     if let Some(cgroup) = &order.cgroup {
         cgroup.enter()?;
     }
     let wrong = || Error::Usage("wrong number of streams".to_owned());
+    let stand_in = if order.exec.is_none() && !streams.is_empty() {
+        Some(StandIn::new(streams.remove(0)))
+    } else {
+        None
+    };
+    let streams: Vec<File> = streams.into_iter().map(File::from).collect();
     let (ends, terminal) = if order.terminal {
         let [slave] = <[File; 1]>::try_from(streams).map_err(|_| wrong())?;
         console::adopt(&slave)?;
@@ -121,7 +136,7 @@ fn stay(verb: &Verb, order: &Order, streams: Vec<File>) -> Result<u8, Error> {
     let relay = Relay::prepare(&target.own.join("streams"), ends)?;
     verb.tell(&News::Ready)?;
     verb.wait_for_go()?;
-    crate::event_loop()?.block_on(supervise(verb, &target, relay, terminal))
+    crate::event_loop()?.block_on(supervise(verb, &target, relay, terminal, stand_in))
 }
 
 /// Of an exec, in its container's.
@@ -134,6 +149,7 @@ async fn supervise(
     target: &Target,
     relay: Relay,
     terminal: Option<File>,
+    stand_in: Option<StandIn>,
 ) -> Result<u8, Error> {
     // From here on none of them ends this process.
     let mut signals = Signals::hold()?;
@@ -150,6 +166,14 @@ async fn supervise(
             return Err(error);
         }
     };
+    if let Some(stand_in) = &stand_in {
+        // Its root has all that the guest has made by now.
+        if let Err(error) = stand_in.enter(scaled(ENTER_LIMIT)) {
+            clean_up(target, Some(&shim)).await?;
+            return Err(error);
+        }
+        signals.stand_in = Some(stand_in.signals()?);
+    }
     let copies = relay.start(shim.clone(), &target.id, &target.exec)?;
     if target.is_container() {
         state::write(&target.own.join("created"), "")?;
@@ -164,7 +188,11 @@ async fn supervise(
         let _ = shim.delete(&target.id, &target.exec).await;
         let _ = fs::remove_dir_all(&target.own);
     }
-    Ok(u8::try_from(code).unwrap_or(u8::MAX))
+    let code = u8::try_from(code).unwrap_or(u8::MAX);
+    if let Some(stand_in) = stand_in {
+        stand_in.end(code);
+    }
+    Ok(code)
 }
 
 /// The task or the exec, as far as the verb goes.
@@ -226,6 +254,8 @@ fn verb_gone(verb: &Verb) -> Result<impl Future<Output = ()> + use<>, Error> {
 struct Signals {
     passed: mpsc::Receiver<u32>,
     resized: Signal,
+    /// What the process that stands for the container gets.
+    stand_in: Option<mpsc::Receiver<u32>>,
 }
 
 impl Signals {
@@ -244,6 +274,7 @@ impl Signals {
         Ok(Self {
             passed,
             resized: signal(SignalKind::window_change()).map_err(failed())?,
+            stand_in: None,
         })
     }
 }
@@ -263,8 +294,19 @@ async fn wait(target: &Target, shim: &Shim, terminal: Option<&File>, signals: &m
             Some(number) = signals.passed.recv() => {
                 let _ = shim.kill(id, exec, number, false).await;
             }
+            Some(number) = next_of(&mut signals.stand_in) => {
+                // Whoever kills it kills the container.
+                let _ = shim.kill(id, exec, number, number == 9).await;
+            }
             _ = signals.resized.recv() => {}
         }
+    }
+}
+
+async fn next_of(receiver: &mut Option<mpsc::Receiver<u32>>) -> Option<u32> {
+    match receiver {
+        Some(receiver) => receiver.recv().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -36,14 +36,15 @@ pub fn keep_descriptors() -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives this process a network namespace of its own. To be called before there are threads: they
-/// would stay in the old one.
+/// Gives this process namespaces of its own. To be called before there are threads: they would stay
+/// in the old ones.
 ///
 /// # Errors
 /// Those of unshare(2).
-pub fn own_network() -> Result<(), Error> {
-    // SAFETY: NEWNET does not touch memory or descriptors that others share.
+pub fn unshare(namespaces: UnshareFlags) -> Result<(), Error> {
+    // SAFETY: callers ask for namespaces alone, never for FILES: no descriptor that others hold
+    // changes its meaning, and no memory is touched.
     #[allow(unsafe_code, reason = "see above")]
-    let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) };
-    unshared.map_err(|error| Error::io("make a network namespace")(io::Error::from(error)))
+    let unshared = unsafe { rustix::thread::unshare_unsafe(namespaces) };
+    unshared.map_err(|error| Error::io("make a namespace")(io::Error::from(error)))
 }

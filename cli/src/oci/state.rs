@@ -4,9 +4,10 @@
 //! |---|---|---|
 //! | `record.json` | `create` | what was asked for |
 //! | `bundle/` | `create`, the shim | the shim's bundle |
-//! | `process.json` | the container's process | who it is |
-//! | `created` | the container's process | the container is there |
-//! | `exit.json` | the container's process | how it ended |
+//! | `process.json` | `create` | the process that stands for the container |
+//! | `monitor.json` | the monitor | who it is |
+//! | `created` | the monitor | the container is there |
+//! | `exit.json` | the monitor | how it ended |
 
 use std::{
     collections::BTreeMap,
@@ -315,7 +316,7 @@ impl Container {
 
     /// The process on the host that stands for it, if that lives.
     pub fn process(&self) -> Option<Identity> {
-        live_process(&self.directory)
+        live_process(&self.directory.join("process.json"))
     }
 
     /// How it ended.
@@ -373,9 +374,9 @@ pub fn shim_bundle(directory: &Path) -> PathBuf {
     directory.join("bundle")
 }
 
-/// The process in `process.json` of a directory, if it lives.
-pub fn live_process(directory: &Path) -> Option<Identity> {
-    let identity: Identity = read(&directory.join("process.json")).ok().flatten()?;
+/// The process that a file names, if it lives.
+pub fn live_process(file: &Path) -> Option<Identity> {
+    let identity: Identity = read(file).ok().flatten()?;
     (start_time(identity.pid) == Some(identity.start_time)).then_some(identity)
 }
 
