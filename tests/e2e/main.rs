@@ -18,6 +18,7 @@ mod images;
 mod lifecycle;
 mod load;
 mod logs;
+mod network;
 mod run_flags;
 mod run_resources;
 mod run_volumes;
