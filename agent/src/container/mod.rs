@@ -4,6 +4,7 @@
 //! Created → Running → Stopped; whatever takes it a step further first takes
 //! what that step needs out of the table, so that two callers cannot both do it.
 
+mod copy_up;
 mod devices;
 mod exec;
 pub mod hooks;

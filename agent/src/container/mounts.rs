@@ -16,7 +16,10 @@ use rustix::{
     },
 };
 
-use super::paths::{self, Missing};
+use super::{
+    copy_up::copy_tree,
+    paths::{self, Missing},
+};
 use crate::{
     boot,
     failure::{During, Failure, Kind, Result},
@@ -338,10 +341,13 @@ fn fresh(root: BorrowedFd<'_>, mount: &Mount, kind: &str, options: &Options) -> 
         options.set & !ATTR_RDONLY,
     )?;
     if options.tmpcopyup {
-        return Err(Failure::new(
-            Kind::Unimplemented,
-            "mount option \"tmpcopyup\" is not supported",
-        ));
+        if kind != "tmpfs" {
+            return Err(Failure::invalid(format!(
+                "\"tmpcopyup\" is an option of tmpfs, not of {kind}"
+            )));
+        }
+        copy_tree(target.as_fd(), made.as_fd())
+            .during(|| "copy what the image has there".to_owned())?;
     }
     attach(made.as_fd(), target.as_fd()).during(|| "attach it".to_owned())?;
     finish(made.as_fd(), options)
