@@ -172,6 +172,7 @@ async fn start(containers: &Containers, container: &Container) -> Result<Running
         &containers.config,
         (shim::NAMESPACE, &container.id),
         &bundle,
+        false,
     )
     .await?;
     let created = async {

@@ -49,10 +49,13 @@ fn run(
     (namespace, id): (&str, &str),
     bundle: &Path,
     verb: &str,
+    debug: bool,
 ) -> Result<String, Error> {
     let program = program(config);
     let output = Command::new(&program)
-        .args(["-namespace", namespace, "-id", id, "-address", "", verb])
+        .args(["-namespace", namespace, "-id", id, "-address", ""])
+        .args(debug.then_some("-debug"))
+        .arg(verb)
         .current_dir(bundle)
         .stdin(Stdio::null())
         .output()
@@ -72,11 +75,17 @@ fn run(
 }
 
 /// Starts the shim of a container, named by containerd's namespace and its id, and connects to it.
+/// With `debug` its log says more.
 ///
 /// # Errors
 /// It cannot be started.
-pub async fn start(config: &Config, name: (&str, &str), bundle: &Path) -> Result<Shim, Error> {
-    let address = run(config, name, bundle, "start")?;
+pub async fn start(
+    config: &Config,
+    name: (&str, &str),
+    bundle: &Path,
+    debug: bool,
+) -> Result<Shim, Error> {
+    let address = run(config, name, bundle, "start", debug)?;
     Shim::connect(&address).await
 }
 
@@ -85,7 +94,7 @@ pub async fn start(config: &Config, name: (&str, &str), bundle: &Path) -> Result
 /// # Errors
 /// Something could not be removed.
 pub fn delete(config: &Config, name: (&str, &str), bundle: &Path) -> Result<(), Error> {
-    run(config, name, bundle, "delete").map(drop)
+    run(config, name, bundle, "delete", false).map(drop)
 }
 
 /// Ends a shim that has lost its monitor, if there is one.

@@ -19,6 +19,8 @@ mod lifecycle;
 mod load;
 mod logs;
 mod network;
+mod oci;
+mod podman;
 mod run_flags;
 mod run_resources;
 mod run_volumes;

@@ -40,16 +40,14 @@ fn rest(name: &'static str) -> Arg {
         .allow_hyphen_values(true)
 }
 
-/// Flags before the verb; none of them is one of docker's verbs' program.
-pub const GLOBAL: [&str; 8] = [
+/// Flags before the verb; docker's command line has none of them here.
+pub const GLOBAL: [&str; 6] = [
     "root",
     "log",
     "log-format",
     "debug",
     "systemd-cgroup",
     "rootless",
-    "criu",
-    "cgroup-manager",
 ];
 
 fn create() -> Command {

@@ -35,6 +35,15 @@ const CREATE_LIMIT: Duration = Duration::from_secs(90);
 /// What a process that is given up may take to clean up.
 const GIVE_UP_LIMIT: Duration = Duration::from_secs(20);
 
+/// Flags before the verb.
+#[derive(Debug, Clone, Copy)]
+pub struct Flags {
+    /// `linux.cgroupsPath` is systemd's.
+    pub systemd_cgroup: bool,
+    /// The shim's log says more.
+    pub debug: bool,
+}
+
 /// Descriptors beyond the standard ones cannot be passed on.
 ///
 /// # Errors
@@ -69,7 +78,7 @@ pub fn check_console(terminal: bool, socket: Option<&str>) -> Result<(), Error> 
 ///
 /// # Errors
 /// The bundle is none, the id is taken, something cannot be made; nothing is left then.
-pub fn run(root: &Root, systemd: bool, matches: &ArgMatches) -> Result<u8, Error> {
+pub fn run(root: &Root, flags: Flags, matches: &ArgMatches) -> Result<u8, Error> {
     process::keep_descriptors()?;
     refuse_descriptors(matches)?;
     let id = one(matches, "id").unwrap_or_default();
@@ -79,7 +88,7 @@ pub fn run(root: &Root, systemd: bool, matches: &ArgMatches) -> Result<u8, Error
     let cgroup = bundle
         .cgroups_path
         .as_deref()
-        .map(|path| Place::of(path, systemd))
+        .map(|path| Place::of(path, flags.systemd_cgroup))
         .transpose()?;
     let container = Container {
         directory: root.claim(id)?,
@@ -93,8 +102,8 @@ pub fn run(root: &Root, systemd: bool, matches: &ArgMatches) -> Result<u8, Error
             ..Record::new(id)
         },
     };
-    let created =
-        create(&container, &bundle, socket.map(Path::new)).and_then(|pid| write_pid(matches, pid));
+    let created = create(&container, &bundle, flags, socket.map(Path::new))
+        .and_then(|pid| write_pid(matches, pid));
     created.map(|()| 0).map_err(|error| {
         // As `delete --force`, whose errors would hide what went wrong.
         if let Err(more) = super::lifecycle::remove(root, &container) {
@@ -129,7 +138,12 @@ pub fn explained(error: Error) -> Error {
     }
 }
 
-fn create(container: &Container, bundle: &Bundle, socket: Option<&Path>) -> Result<u32, Error> {
+fn create(
+    container: &Container,
+    bundle: &Bundle,
+    flags: Flags,
+    socket: Option<&Path>,
+) -> Result<u32, Error> {
     container.save()?;
     let shim_bundle = container.shim_bundle();
     fs::create_dir(&shim_bundle).map_err(Error::file("create", &shim_bundle))?;
@@ -137,6 +151,7 @@ fn create(container: &Container, bundle: &Bundle, socket: Option<&Path>) -> Resu
         directory: container.directory.clone(),
         exec: None,
         terminal: bundle.terminal,
+        debug: flags.debug,
         cgroup: container.record.cgroup.clone(),
     };
     let slave = socket

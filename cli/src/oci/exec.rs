@@ -101,6 +101,7 @@ fn run_in(
         directory: container.directory.clone(),
         exec: Some(exec.to_owned()),
         terminal,
+        debug: false,
         cgroup: container.record.cgroup.clone().filter(|place| {
             // systemd's scope is entered as any cgroup once it is there.
             place.systemd.is_none()

@@ -35,6 +35,8 @@ pub struct Order {
     pub exec: Option<String>,
     /// The streams are one terminal.
     pub terminal: bool,
+    /// The shim's log says more.
+    pub debug: bool,
     /// It goes into this cgroup first.
     pub cgroup: Option<super::cgroup::Place>,
 }
@@ -340,6 +342,7 @@ mod tests {
             directory: "/x".into(),
             exec: None,
             terminal: true,
+            debug: false,
             cgroup: None,
         };
         let (mut reader, writer) = io::pipe().unwrap();

@@ -94,7 +94,13 @@ fn dispatch(matches: &ArgMatches) -> Result<u8, Error> {
     }
     let root = Root::open(one(matches, "root"))?;
     match verb {
-        "create" => create::run(&root, matches.get_flag("systemd-cgroup"), rest),
+        "create" => {
+            let flags = create::Flags {
+                systemd_cgroup: matches.get_flag("systemd-cgroup"),
+                debug: matches.get_flag("debug"),
+            };
+            create::run(&root, flags, rest)
+        }
         "start" => lifecycle::start(&root, rest),
         "state" => report::state(&root, rest),
         "kill" => lifecycle::kill(&root, rest),

@@ -70,6 +70,7 @@ struct Target {
     namespace: String,
     id: String,
     exec: String,
+    debug: bool,
     /// The container's.
     directory: PathBuf,
     /// The exec's, or the container's.
@@ -112,6 +113,7 @@ fn stay(verb: &Verb, order: &Order, mut streams: Vec<OwnedFd>) -> Result<u8, Err
         namespace: root.namespace,
         id,
         exec: order.exec.clone().unwrap_or_default(),
+        debug: order.debug,
         directory: order.directory.clone(),
         own,
     };
@@ -200,7 +202,7 @@ async fn make(target: &Target, relay: &Relay) -> Result<Shim, Error> {
     let bundle = target.shim_bundle();
     if target.is_container() {
         let name = (target.namespace.as_str(), target.id.as_str());
-        let shim = shim::start(&target.config, name, &bundle).await?;
+        let shim = shim::start(&target.config, name, &bundle, target.debug).await?;
         shim.create(&target.id, &bundle, &[], &relay.streams)
             .await?;
         return Ok(shim);

@@ -172,8 +172,11 @@ fn template() -> Value {
     };
     let capabilities = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"].map(str::to_owned);
     let mut document = spec::container(&request, &capabilities, &spec::Extra::default());
-    if let Some(namespaces) = document["linux"]["namespaces"].as_array_mut() {
-        namespaces.push(json!({ "type": "network" }));
+    let network = json!({ "type": "network" });
+    if let Some(namespaces) = document["linux"]["namespaces"].as_array_mut()
+        && !namespaces.contains(&network)
+    {
+        namespaces.push(network);
     }
     document
 }

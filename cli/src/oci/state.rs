@@ -31,8 +31,9 @@ use crate::{
 /// Version of `record.json`.
 const VERSION: u32 = 1;
 
-/// Longest id: the sandbox's name has a prefix, and 128 bytes.
-const MAX_ID: usize = 100;
+/// Longest id, as podman's and docker's: it is part of the paths of sockets, which have 107 bytes
+/// (unix(7)).
+const MAX_ID: usize = 64;
 
 /// What was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -182,7 +183,8 @@ impl Root {
         let namespace = if directory == default {
             "oci".to_owned()
         } else {
-            format!("oci-{:08x}", hash(&directory))
+            // Short: the paths of a sandbox's sockets have room for 107 bytes (unix(7)).
+            format!("o{:06x}", hash(&directory) & 0x00ff_ffff)
         };
         Ok(Self {
             config,
@@ -394,10 +396,10 @@ mod tests {
 
     #[test]
     fn ids() {
-        for id in ["a", "A-b_c.d", &"x".repeat(100)] {
+        for id in ["a", "A-b_c.d", &"x".repeat(64)] {
             check_id(id).unwrap();
         }
-        for id in ["", ".", "..", ".a", "a/b", "a b", "é", &"x".repeat(101)] {
+        for id in ["", ".", "..", ".a", "a/b", "a b", "é", &"x".repeat(65)] {
             assert!(check_id(id).is_err(), "{id}");
         }
     }
