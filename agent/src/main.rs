@@ -3,8 +3,7 @@
 //! It mounts what a Linux user space needs, listens on vsock for the host, and
 //! turns OCI specifications into containers. The same program, run as
 //! `caisson-agent container-init`, is the short-lived process that becomes a
-//! container's first process ([`container::init`]), and as `caisson-agent
-//! run-hooks` one that runs hooks beside it ([`container::hooks`]).
+//! container's first process ([`container::init`]).
 
 mod boot;
 mod cgroup;
@@ -29,7 +28,6 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     match arguments.next().as_deref() {
         Some(container::init::VERB) => container::init::main(arguments),
-        Some(container::hooks::VERB) => container::hooks::main(),
         Some("--version") => {
             println!("caisson-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -41,6 +41,9 @@ pub enum Error {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] caisson_sandbox::ConfigError),
+    /// A hook of the host.
+    #[error(transparent)]
+    Hook(#[from] caisson_sandbox::hooks::HookError),
     /// The shim, in its own words.
     #[error("{message}")]
     Shim {

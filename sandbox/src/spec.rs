@@ -35,6 +35,15 @@ pub fn parse(json: &[u8]) -> Result<Spec, Error> {
 /// # Errors
 /// Something that cannot be left out without betraying the caller.
 pub fn translate(spec: &mut Spec) -> Result<(), Error> {
+    if let Some(hooks) = spec.hooks_mut() {
+        // Those of the host are for whoever runs the sandbox ([`crate::hooks`]).
+        #[allow(deprecated, reason = "docker uses prestart for its networks")]
+        hooks.set_prestart(None);
+        hooks
+            .set_create_runtime(None)
+            .set_poststart(None)
+            .set_poststop(None);
+    }
     if let Some(linux) = spec.linux_mut() {
         // The agent decides where a container's cgroup is.
         linux.set_cgroups_path(None);

@@ -14,7 +14,7 @@ use containerd_shim_protos::{
 };
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::{arguments::Arguments, error::Error, rootfs, server, start};
+use crate::{arguments::Arguments, error::Error, hooks::HostHooks, rootfs, server, start};
 
 /// 128 + SIGKILL: nobody saw how the container ended.
 const KILLED: u32 = 137;
@@ -38,6 +38,7 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
         &server::sandbox_id(&arguments.namespace, &arguments.id),
     )?;
     rootfs::release(&bundle)?;
+    run_poststop_hooks(&bundle, &arguments.id);
     start::remove_socket(&start::socket_path(
         &config,
         &arguments.namespace,
@@ -54,6 +55,19 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
     std::io::stdout()
         .write_all(&bytes)
         .map_err(Error::io("write the answer"))
+}
+
+/// Of a bundle that can still be read.
+fn run_poststop_hooks(bundle: &Path, id: &str) {
+    let spec = fs::read(bundle.join("config.json"))
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok());
+    let Some(hooks) = spec.and_then(|spec| HostHooks::of(&spec, id, bundle).ok()) else {
+        return;
+    };
+    for failure in hooks.run_poststop() {
+        eprintln!("{failure}");
+    }
 }
 
 /// Ends the server of this container's pod if it still runs: without its socket and its microVM it

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use caisson_sandbox::{AgentErrorKind, Error as SandboxError, RecordError};
+use caisson_sandbox::{AgentErrorKind, Error as SandboxError, RecordError, hooks::HookError};
 use containerd_shim_protos::ttrpc::{self, Code};
 
 /// Why the shim could not do something.
@@ -50,6 +50,9 @@ pub enum Error {
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// A hook of the host.
+    #[error(transparent)]
+    Hook(#[from] HookError),
     /// ttrpc.
     #[error("cannot serve: {0}")]
     Ttrpc(#[from] ttrpc::Error),
@@ -84,7 +87,8 @@ impl Error {
             Self::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Stopping => Code::UNAVAILABLE,
-            Self::File { .. } | Self::Io { .. } | Self::Ttrpc(_) => Code::UNKNOWN,
+            Self::Hook(HookError::Malformed { .. }) => Code::INVALID_ARGUMENT,
+            Self::Hook(_) | Self::File { .. } | Self::Io { .. } | Self::Ttrpc(_) => Code::UNKNOWN,
             Self::Sandbox(error) => match error {
                 SandboxError::Invalid(_) => Code::INVALID_ARGUMENT,
                 SandboxError::Unsupported(_) => Code::UNIMPLEMENTED,

@@ -8,7 +8,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::stdio::{Host, Paths};
+use crate::{
+    hooks::HostHooks,
+    stdio::{Host, Paths},
+};
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +49,8 @@ pub struct Process {
     pub pid: u32,
     /// Both ends of its streams until it starts.
     pub unstarted: Option<(Host, Streams)>,
+    /// The container's, of its first process.
+    pub hooks: Option<Arc<HostHooks>>,
     /// Told when its stdin shall end.
     pub close_stdin: Arc<Notify>,
     /// An end that came during `Create` or `Start`.
@@ -70,6 +75,7 @@ impl Process {
             bundle,
             pid: 0,
             unstarted: None,
+            hooks: None,
             close_stdin: Arc::default(),
             early_exit: None,
             deleting: false,

@@ -163,9 +163,6 @@ fn container(sync: &Sync, request: ContainerRequest) -> Result<()> {
         }
     }
     set_oom_score(&request.spec)?;
-    let about = hooks::About::new(&request.id, &request.spec);
-    let stage = hooks::Stage::CreateRuntime;
-    hooks::run(&hooks::of(&request.spec, stage), stage, &about)?;
     if let Some(init) = request.pid_namespace_of {
         join(init, ThreadNameSpaceType::PROCESS_ID)?;
     } else if pid {

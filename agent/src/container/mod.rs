@@ -7,7 +7,7 @@
 mod copy_up;
 mod devices;
 mod exec;
-pub mod hooks;
+mod hooks;
 pub mod init;
 pub mod mounts;
 mod paths;
@@ -25,7 +25,7 @@ use std::{
 use caisson_protocol::agent::{
     self, ProcessExit, ProcessInfo, StateResponse, Status, StdioRequest,
 };
-use oci_spec::runtime::{Hook, LinuxResources, LinuxSeccomp, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process as ProcessSpec, Spec};
 use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
     termios::{Winsize, tcsetwinsize},
@@ -74,9 +74,6 @@ struct Container {
     init: Process,
     execs: HashMap<String, Process>,
     seccomp: Option<LinuxSeccomp>,
-    poststart: Vec<Hook>,
-    poststop: Vec<Hook>,
-    about: hooks::About,
     oom_kills: u64,
     paused: bool,
     deleting: bool,
@@ -218,9 +215,6 @@ impl Manager {
             .annotations()
             .as_ref()
             .and_then(|annotations| annotations.get(USER_ANNOTATION).cloned());
-        let poststart = hooks::of(&spec, hooks::Stage::Poststart);
-        let poststop = hooks::of(&spec, hooks::Stage::Poststop);
-        let mut about = hooks::About::new(&id, &spec);
         let request = Request::Container(Box::new(ContainerRequest {
             id: id.clone(),
             spec,
@@ -244,19 +238,14 @@ impl Manager {
             Ok(born) => born,
             Err(failure) => {
                 let _ = cgroup.remove().await;
-                hooks::run_beside(poststop, hooks::Stage::Poststop, about).await;
                 return Err(failure);
             }
         };
-        about.pid = created.pid;
         let container = Container {
             cgroup,
             init: process,
             execs: HashMap::new(),
             seccomp,
-            poststart,
-            poststop,
-            about,
             oom_kills: 0,
             paused: false,
             deleting: false,
@@ -383,9 +372,6 @@ impl Manager {
         };
         match result {
             Ok(pid) => {
-                if exec_id.is_empty() {
-                    self.run_poststart_hooks(container_id).await;
-                }
                 let mut table = self.table();
                 let process = table.process(container_id, exec_id)?;
                 let State::Starting { ended, .. } = &mut process.state else {
@@ -404,18 +390,6 @@ impl Manager {
                 Err(failure)
             }
         }
-    }
-
-    /// Before the answer to the request to start, and so before an end is reported.
-    async fn run_poststart_hooks(&self, id: &str) {
-        let (list, about) = match self.table().container(id) {
-            Ok(container) => (
-                std::mem::take(&mut container.poststart),
-                container.about.clone(),
-            ),
-            Err(_) => return,
-        };
-        hooks::run_beside(list, hooks::Stage::Poststart, about).await;
     }
 
     async fn start_init(&self, id: &str) -> Result<u32> {
@@ -626,16 +600,7 @@ impl Manager {
             removed?;
         }
         tokens.iter().for_each(|token| self.streams.forget(token));
-        let gone = self.table().containers.remove(id);
-        if let Some(Container {
-            poststop,
-            mut about,
-            ..
-        }) = gone
-        {
-            about.pid = 0;
-            hooks::run_beside(poststop, hooks::Stage::Poststop, about).await;
-        }
+        self.table().containers.remove(id);
         Ok(exit_status)
     }
 

@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use caisson_sandbox::hooks::Hooks;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Value, json};
 
-use super::hooks::Hooks;
 use crate::error::Error;
 
 /// Largest config.json; those of Kubernetes pods are below a hundred KiB.

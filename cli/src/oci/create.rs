@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use caisson_sandbox::scaled;
+use caisson_sandbox::{hooks, scaled};
 use clap::ArgMatches;
 use serde_json::json;
 
@@ -17,7 +17,7 @@ use super::{
     cgroup::Place,
     console,
     handshake::{Link, Order},
-    hooks, process, stand_in,
+    process, stand_in,
     state::{self, Container, Record, Root, Status},
 };
 use crate::{

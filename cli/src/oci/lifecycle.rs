@@ -6,13 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_sandbox::scaled;
+use caisson_sandbox::{hooks, scaled};
 use clap::ArgMatches;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{
     create::explained,
-    hooks,
     state::{Container, Root, Status, live_process},
 };
 use crate::{
@@ -56,7 +55,8 @@ pub fn start(root: &Root, matches: &ArgMatches) -> Result<u8, Error> {
         }
     })?;
     let state = container.state(Status::Running);
-    hooks::run_all("poststart", &container.record.hooks.poststart, &state);
+    let hooks = &container.record.hooks;
+    warn(&hooks::run_all("poststart", &hooks.poststart, &state));
     Ok(0)
 }
 
@@ -129,8 +129,15 @@ pub fn delete(root: &Root, matches: &ArgMatches) -> Result<u8, Error> {
     }
     remove(root, &container)?;
     let state = container.state(Status::Stopped);
-    hooks::run_all("poststop", &container.record.hooks.poststop, &state);
+    let hooks = &container.record.hooks;
+    warn(&hooks::run_all("poststop", &hooks.poststop, &state));
     Ok(0)
+}
+
+fn warn(failures: &[hooks::HookError]) {
+    for failure in failures {
+        eprintln!("caisson: warning: {failure}");
+    }
 }
 
 /// Ends a container and removes all of it. Can be repeated.

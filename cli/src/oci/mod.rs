@@ -15,7 +15,6 @@ mod exec;
 mod features;
 mod foreground;
 mod handshake;
-mod hooks;
 mod lifecycle;
 mod log;
 mod monitor;

@@ -16,12 +16,12 @@ use std::{
     time::SystemTime,
 };
 
-use caisson_sandbox::Config;
+use caisson_sandbox::{Config, hooks::Hooks};
 use containerd_shim_protos::api::Status as TaskStatus;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{cgroup::Place, hooks::Hooks};
+use super::cgroup::Place;
 use crate::{
     container::{Identity, start_time},
     error::Error,

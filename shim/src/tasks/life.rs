@@ -113,6 +113,10 @@ impl Tasks {
             };
             let _ = self.with(&name, |process| Ok(process.set_exit(exit)));
         })?;
+        let hooks = self.with(&name, |process| Ok(process.hooks.clone()))?;
+        if let Some(hooks) = hooks {
+            hooks.started(pid).await;
+        }
         let early = self.with(&name, |process| {
             process.pid = pid;
             process.stage = Stage::Running;
@@ -244,7 +248,12 @@ impl Tasks {
             return Err(error);
         }
         if exec_id.is_empty() {
-            self.forget_container(&name).await
+            let hooks = self.with(&name, |process| Ok(process.hooks.take()))?;
+            let forgotten = self.forget_container(&name).await;
+            if let Some(hooks) = hooks {
+                hooks.stopped().await;
+            }
+            forgotten
         } else {
             let process = self.table().remove(&name).ok_or_else(|| missing(&name))?;
             Ok((process.pid, exit_of(&process)))

@@ -50,6 +50,7 @@ use tokio::sync::{Notify, watch};
 use crate::{
     error::Error,
     events::{Events, topic},
+    hooks::HostHooks,
     pod::{Pod, Pods},
     process::{Exit, Process, Stage},
     rootfs,
@@ -298,6 +299,7 @@ impl Tasks {
         self: &Arc<Self>,
         request: &Creation,
     ) -> Result<(Host, Created, u32), Error> {
+        let name = (request.id.clone(), String::new());
         let path = request.bundle.join("config.json");
         let spec_json = tokio::fs::read(&path)
             .await
@@ -308,6 +310,7 @@ impl Tasks {
                 path.display()
             ))
         })?;
+        let hooks = HostHooks::of(&spec, &request.id, &request.bundle)?;
         let host = Host::open(&request.paths, (&self.identity.namespace, &request.id)).await?;
         let console = spec
             .process()
@@ -326,6 +329,11 @@ impl Tasks {
         .await?;
         let created = async {
             let pod = self.booted(&spec, &rootfs).await?;
+            self.with(&name, |process| {
+                process.hooks = Some(hooks.clone());
+                Ok(())
+            })?;
+            hooks.create(pod.vmm_pid()).await?;
             let container = ContainerSpec {
                 id: request.id.clone(),
                 spec_json,
@@ -340,6 +348,10 @@ impl Tasks {
             Ok((created, pid)) => Ok((host, created, pid)),
             Err(error) => {
                 release_rootfs(&request.bundle).await;
+                let hooks = self.with(&name, |process| Ok(process.hooks.take()))?;
+                if let Some(hooks) = hooks {
+                    hooks.stopped().await;
+                }
                 Err(error)
             }
         }

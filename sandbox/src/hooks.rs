@@ -13,7 +13,32 @@ use oci_spec::runtime::{Hook as SpecHook, Spec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::error::Error;
+/// Why a hook did not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum HookError {
+    /// It is no hook.
+    #[error("hook {stage} #{number} of config.json: {reason}")]
+    Malformed {
+        /// The list that it is in.
+        stage: &'static str,
+        /// Its place in the list.
+        number: usize,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// It was run.
+    #[error("error running {stage} hook #{number} ({}): {reason}", path.display())]
+    Failed {
+        /// When.
+        stage: &'static str,
+        /// Its place in the list.
+        number: usize,
+        /// The program.
+        path: PathBuf,
+        /// Its end, and what it has said.
+        reason: String,
+    },
+}
 
 /// Most of a hook's output that an error tells.
 const MAX_OUTPUT: u64 = 4096;
@@ -44,7 +69,7 @@ impl Hooks {
     ///
     /// # Errors
     /// A path that is not absolute, a negative time.
-    pub fn of(spec: &Spec) -> Result<Self, Error> {
+    pub fn of(spec: &Spec) -> Result<Self, HookError> {
         let Some(hooks) = spec.hooks() else {
             return Ok(Self::default());
         };
@@ -60,9 +85,11 @@ impl Hooks {
     }
 }
 
-fn list(kind: &str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, Error> {
-    let malformed = |number: usize, why: &str| {
-        Error::State(format!("hook {kind} #{number} of config.json: {why}"))
+fn list(stage: &'static str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, HookError> {
+    let malformed = |number, reason| HookError::Malformed {
+        stage,
+        number,
+        reason,
     };
     hooks
         .iter()
@@ -90,25 +117,35 @@ fn list(kind: &str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, Error> {
 ///
 /// # Errors
 /// The first that fails, with what it has said.
-pub fn run(kind: &str, hooks: &[Hook], state: &Value) -> Result<(), Error> {
-    hooks.iter().enumerate().try_for_each(|(number, hook)| {
-        hook.run(state).map_err(|why| {
-            Error::State(format!(
-                "error running {kind} hook #{number} ({}): {why}",
-                hook.path.display()
-            ))
-        })
-    })
+pub fn run(stage: &'static str, hooks: &[Hook], state: &Value) -> Result<(), HookError> {
+    hooks
+        .iter()
+        .enumerate()
+        .try_for_each(|(number, hook)| run_one(stage, number, hook, state))
 }
 
-/// As [`run`], but all of them are run and what fails is only told, as the specification wants it
+/// As [`run`], but all of them are run; what fails is for telling, as the specification wants it
 /// of hooks that come after the fact.
-pub fn run_all(kind: &str, hooks: &[Hook], state: &Value) {
-    for hook in hooks {
-        if let Err(error) = run(kind, std::slice::from_ref(hook), state) {
-            eprintln!("caisson: warning: {error}");
-        }
-    }
+pub fn run_all(stage: &'static str, hooks: &[Hook], state: &Value) -> Vec<HookError> {
+    hooks
+        .iter()
+        .enumerate()
+        .filter_map(|(number, hook)| run_one(stage, number, hook, state).err())
+        .collect()
+}
+
+fn run_one(
+    stage: &'static str,
+    number: usize,
+    hook: &Hook,
+    state: &Value,
+) -> Result<(), HookError> {
+    hook.run(state).map_err(|reason| HookError::Failed {
+        stage,
+        number,
+        path: hook.path.clone(),
+        reason,
+    })
 }
 
 impl Hook {
