@@ -82,6 +82,7 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
         std::env::var("TTRPC_ADDRESS").ok(),
     ));
     let identity = Identity {
+        containerd: !arguments.address.is_empty(),
         sandbox: sandbox_id(&arguments.namespace, &arguments.id),
         namespace: arguments.namespace,
     };

@@ -140,11 +140,17 @@ impl Task for Service {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Reply<PidsResponse> {
-        let processes = self.tasks.processes(&request.id).await?;
+        let mut processes = self.tasks.processes(&request.id).await?;
+        let machine = self.tasks.snapshot(&request.id, "")?.pid;
+        let host = self.tasks.for_containerd().then_some(machine);
+        if host.is_some() {
+            processes.sort_by(|one, other| one.exec.cmp(&other.exec));
+            processes.dedup_by(|one, before| one.exec.is_empty() && before.exec.is_empty());
+        }
         Ok(PidsResponse {
             processes: processes
                 .into_iter()
-                .map(process_info)
+                .map(|process| process_info(process, host))
                 .collect::<Result<_, _>>()?,
             ..Default::default()
         })
@@ -258,10 +264,14 @@ impl Task for Service {
     }
 }
 
-/// With the exec it was started by, as runc's shim tells it (`ctr task ps`).
-fn process_info(process: caisson_sandbox::ProcessInfo) -> Result<ProcessInfo, Error> {
+/// With the exec it was started by, as runc's shim tells it (`ctr task ps`). To those who want
+/// processes of the host, each is the one that is their machine.
+fn process_info(
+    process: caisson_sandbox::ProcessInfo,
+    host: Option<u32>,
+) -> Result<ProcessInfo, Error> {
     let mut info = ProcessInfo {
-        pid: process.guest_pid,
+        pid: host.unwrap_or(process.guest_pid),
         ..Default::default()
     };
     if !process.exec.is_empty() {

@@ -13,6 +13,7 @@ mod bad_input;
 mod check;
 mod configuration;
 mod crash;
+mod docker;
 mod exec;
 mod images;
 mod lifecycle;

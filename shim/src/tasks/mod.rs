@@ -75,6 +75,9 @@ pub struct Identity {
     pub namespace: String,
     /// Name of its sandbox on the host.
     pub sandbox: String,
+    /// containerd listens: its clients take process ids for the host's (`docker top` asks the
+    /// host's ps about them).
+    pub containerd: bool,
 }
 
 /// All tasks of the pod.
@@ -151,6 +154,11 @@ impl Tasks {
             stopping: watch::Sender::new(false),
             ended: Notify::new(),
         })
+    }
+
+    /// See [`Identity::containerd`].
+    pub fn for_containerd(&self) -> bool {
+        self.identity.containerd
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<Name, Process>> {

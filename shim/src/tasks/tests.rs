@@ -325,6 +325,7 @@ impl Bench {
             ..Default::default()
         };
         let identity = Identity {
+            containerd: true,
             namespace: "n".to_owned(),
             sandbox: "n.p".to_owned(),
         };
