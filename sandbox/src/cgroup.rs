@@ -10,6 +10,9 @@ use crate::cpuset::CpuSet;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// Holds the sandboxes that belong in no pod's cgroup.
+const DEFAULT_PARENT: &str = "caisson";
+
 /// Controllers that the sandbox's limits need.
 const CONTROLLERS: [&str; 3] = ["cpu", "cpuset", "memory"];
 
@@ -22,7 +25,7 @@ pub fn path_for(id: &str, parent: Option<&Path>) -> Option<PathBuf> {
     if !Path::new(ROOT).join("cgroup.controllers").exists() {
         return None;
     }
-    let parent = parent.map_or(Path::new("caisson"), |parent| {
+    let parent = parent.map_or(Path::new(DEFAULT_PARENT), |parent| {
         parent.strip_prefix("/").unwrap_or(parent)
     });
     Some(Path::new(ROOT).join(parent).join(id))
@@ -59,12 +62,17 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// The cgroups above `path` that are not there yet, the uppermost first.
-pub fn missing_parents(path: &Path) -> Vec<PathBuf> {
-    let missing = path.ancestors().skip(1).take_while(|path| !path.exists());
-    let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
-    missing.reverse();
-    missing
+/// The cgroups above `path` that go when the last sandbox in them does, the uppermost first: those
+/// that are not there yet, and the default one, whoever has made it.
+pub fn own_parents(path: &Path) -> Vec<PathBuf> {
+    let default = Path::new(ROOT).join(DEFAULT_PARENT);
+    let own = path
+        .ancestors()
+        .skip(1)
+        .take_while(|path| *path == default || !path.exists());
+    let mut own: Vec<PathBuf> = own.map(Path::to_owned).collect();
+    own.reverse();
+    own
 }
 
 /// Makes the cgroup, with controllers as far as the host lets us.
@@ -196,12 +204,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_listed_from_above() {
+    fn parents_of_its_own_are_listed_from_above() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a/b/c");
         let expected = [directory.path().join("a"), directory.path().join("a/b")];
-        assert_eq!(missing_parents(&path), expected);
+        assert_eq!(own_parents(&path), expected);
         fs::create_dir_all(&path).unwrap();
-        assert_eq!(missing_parents(&path), Vec::<PathBuf>::new());
+        assert_eq!(own_parents(&path), Vec::<PathBuf>::new());
+        let default = Path::new(ROOT).join(DEFAULT_PARENT);
+        assert_eq!(own_parents(&default.join("id")), [default]);
     }
 }

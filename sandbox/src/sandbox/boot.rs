@@ -121,7 +121,7 @@ pub(super) async fn boot(
     )?;
     let mut cgroup = cgroup::path_for(&spec.id, spec.cgroup_parent.as_deref());
     if let Some(path) = &cgroup {
-        for parent in cgroup::missing_parents(path) {
+        for parent in cgroup::own_parents(path) {
             record.add(Resource::CgroupParent(parent))?;
         }
         record.add(Resource::Cgroup(path.clone()))?;

@@ -242,7 +242,9 @@ async fn feed<W: AsyncWrite + Unpin>(mut from: pipe::Receiver, to: &mut W, close
             () = close.notified() => break,
         }
     }
-    while let Ok(length @ 1..) = from.try_read(&mut buffer) {
+    // By the descriptor: the runtime may not have heard yet that there is something to read, and
+    // would say that there is nothing.
+    while let Ok(length @ 1..) = rustix::io::read(&from, &mut buffer) {
         if to.write_all(&buffer[..length]).await.is_err() {
             return;
         }
@@ -366,6 +368,29 @@ mod tests {
             .unwrap();
         drop(writer);
         assert_eq!(agent_stdin.read(&mut byte).await.unwrap(), 0);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_was_written_before_stdin_was_closed_arrives() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Paths {
+            stdin: fifo(directory.path(), "in"),
+            ..Default::default()
+        };
+        let host = Host::open(&paths, ("n", "c")).await.unwrap();
+        // The runtime has had no turn to hear of the bytes before it hears of the end.
+        std::fs::write(&paths.stdin, "typed").unwrap();
+        let close = Arc::new(Notify::new());
+        close.notify_one();
+        let (guest_stdin, mut agent_stdin) = UnixStream::pair().unwrap();
+        let streams = Streams {
+            stdin: Some(guest_stdin),
+            ..Default::default()
+        };
+        let _pumps = Pumps::start(host, streams, close);
+        let mut text = String::new();
+        agent_stdin.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "typed");
     }
 
     #[tokio::test(flavor = "current_thread")]
