@@ -192,8 +192,22 @@ pub fn command() -> Command {
                 switch("all", Some('a'), "Those that have ended too"),
                 switch("quiet", Some('q'), "Only ids"),
                 switch("no-trunc", None, "Do not shorten"),
+                switch(
+                    "sandboxes",
+                    None,
+                    "List the microVMs of this host instead, containerd's and others' too",
+                )
+                .conflicts_with_all(["all", "quiet", "no-trunc"]),
                 format(),
             ]),
+            Command::new("metrics")
+                .about("Print figures of all microVMs of this host for Prometheus")
+                .arg(value(
+                    "listen",
+                    None,
+                    "ADDRESS:PORT",
+                    "Serve them by HTTP at /metrics until ended",
+                )),
             Command::new("logs")
                 .about("Print what a container has written")
                 .args([

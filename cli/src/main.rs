@@ -13,11 +13,13 @@ mod inspect;
 mod lifecycle;
 mod log_file;
 mod logs;
+mod metrics;
 mod monitor;
 mod oci;
 mod options;
 mod ps;
 mod run;
+mod sandboxes;
 mod seccomp;
 mod shim;
 mod spec;
@@ -63,6 +65,7 @@ fn dispatch(verb: &str, matches: &clap::ArgMatches) -> Result<u8, Error> {
         "monitor" => monitor::run(matches),
         "exec" => exec::run(matches),
         "ps" => ps::run(matches),
+        "metrics" => metrics::run(matches),
         "logs" => logs::run(matches),
         "stop" => lifecycle::stop(matches),
         "kill" => lifecycle::kill(matches),

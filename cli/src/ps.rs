@@ -9,6 +9,7 @@ use crate::{
     Format,
     container::{Container, Containers, Status},
     error::Error,
+    sandboxes,
 };
 
 /// Runs the verb.
@@ -17,6 +18,9 @@ use crate::{
 /// The containers cannot be read.
 pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     let format = Format::of(matches)?;
+    if matches.get_flag("sandboxes") {
+        return sandboxes::list(format);
+    }
     let (all, quiet, whole) = (
         matches.get_flag("all"),
         matches.get_flag("quiet"),

@@ -1,7 +1,11 @@
 //! The host's side of the agent's protocol. What comes from there was written
 //! by an attacker: it is checked, and never waited for without end.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use caisson_protocol::{
     VERSION,
@@ -17,6 +21,7 @@ use ttrpc::{
 use crate::{
     deadline::scaled,
     error::{AgentErrorKind, Error},
+    figures::Latencies,
     vmm::Vmm,
     vsock,
 };
@@ -41,6 +46,7 @@ const MAX_MESSAGE: usize = 2048;
 pub struct Agent {
     client: AgentClient,
     vmm: Arc<Vmm>,
+    latencies: Arc<Latencies>,
 }
 
 impl Agent {
@@ -57,6 +63,7 @@ impl Agent {
                     let agent = Self {
                         client,
                         vmm: vmm.clone(),
+                        latencies: Arc::default(),
                     };
                     match agent.hello().await {
                         Ok(hello) => return Ok((agent, hello)),
@@ -96,15 +103,24 @@ impl Agent {
     ///
     /// # Errors
     /// The agent's refusal, [`Error::Gone`], [`Error::Late`].
-    pub async fn call<T, F, R>(&self, what: &str, method: F) -> Result<T, Error>
+    pub async fn call<T, F, R>(&self, what: &'static str, method: F) -> Result<T, Error>
     where
         F: FnOnce(AgentClient, ttrpc::context::Context) -> R,
         R: Future<Output = ttrpc::Result<T>>,
     {
-        self.call_within(REQUEST_LIMIT, what, method).await
+        let begin = Instant::now();
+        let result = self.call_within(REQUEST_LIMIT, what, method).await;
+        self.latencies.add(what, begin.elapsed(), result.is_err());
+        result
     }
 
-    /// As [`Agent::call`] with another deadline (scaled here).
+    /// How long requests took.
+    pub fn latencies(&self) -> &Latencies {
+        &self.latencies
+    }
+
+    /// As [`Agent::call`] with another deadline (scaled here), for requests that wait for something:
+    /// how long they take says nothing.
     ///
     /// # Errors
     /// As there.

@@ -14,6 +14,7 @@ mod cpuset;
 mod deadline;
 mod disk;
 mod error;
+pub mod figures;
 pub mod hooks;
 mod network;
 mod record;

@@ -92,7 +92,8 @@ fn check_id(id: &str) -> Result<(), RecordError> {
     }
 }
 
-fn directory_of(run_dir: &Path, id: &str) -> PathBuf {
+/// Where the sandbox `id` has its record and its sockets.
+pub fn directory_of(run_dir: &Path, id: &str) -> PathBuf {
     run_dir.join("sandboxes").join(id)
 }
 

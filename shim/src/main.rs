@@ -13,6 +13,7 @@ mod arguments;
 mod delete;
 mod error;
 mod events;
+mod figures;
 mod hooks;
 mod info;
 mod logger;

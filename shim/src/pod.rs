@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use caisson_sandbox::figures::Figures;
 use caisson_sandbox::{
     Config, ContainerSpec, Created, Error, Event, Gone, ProcessInfo, Sandbox, SandboxSpec,
     StatsResponse, Stdio,
@@ -65,6 +66,8 @@ pub trait Pod: Send + Sync {
     async fn update(&self, container: &str, resources_json: Vec<u8>) -> Result<(), Error>;
     /// See [`Sandbox::stats`].
     async fn stats(&self, container: &str) -> Result<StatsResponse, Error>;
+    /// See [`Sandbox::figures`].
+    async fn figures(&self, name: &str, manager: &str) -> Result<Figures, Error>;
     /// See [`Sandbox::stop`].
     async fn stop(&self) -> Result<(), Error>;
 }
@@ -174,6 +177,10 @@ impl Pod for Sandbox {
 
     async fn stats(&self, container: &str) -> Result<StatsResponse, Error> {
         Sandbox::stats(self, container).await
+    }
+
+    async fn figures(&self, name: &str, manager: &str) -> Result<Figures, Error> {
+        Sandbox::figures(self, name, manager).await
     }
 
     async fn stop(&self) -> Result<(), Error> {

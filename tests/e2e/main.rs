@@ -20,6 +20,7 @@ mod lifecycle;
 mod load;
 mod logs;
 mod network;
+mod observability;
 mod oci;
 mod podman;
 mod run_flags;

@@ -21,6 +21,7 @@ use crate::{
     cgroup,
     config::Config,
     error::Error,
+    figures::Stage,
     record::{self, Record, Resource},
     size::Room,
     vmm::Vmm,
@@ -103,6 +104,8 @@ pub(super) struct Booted {
     /// The socket to the guest's ports.
     pub(super) vsock: PathBuf,
     pub(super) sizing: Sizing,
+    /// Its stages.
+    pub(super) stages: Vec<Stage>,
 }
 
 pub(super) async fn boot(
@@ -152,42 +155,51 @@ pub(super) async fn boot(
     let (agent, hello) = Agent::connect(&vsock, vmm.clone()).await?;
     let answered = begin.elapsed();
     configure(&agent, spec).await?;
-    log_stages(&vmm, &hello, [spawned, booting, answered, begin.elapsed()]).await;
+    let stages = stages(&vmm, &hello, [spawned, booting, answered, begin.elapsed()]).await;
+    log_stages(&stages);
     Ok(Booted {
         vmm,
         agent,
         hello,
         vsock,
         sizing,
+        stages,
     })
 }
 
-/// Where the time of a boot went, for whoever reads the log.
-async fn log_stages(vmm: &Vmm, hello: &HelloResponse, host: [Duration; 4]) {
-    let mut line = String::from("booted; ms since the VMM's start:");
-    for (name, at) in ["spawned", "vCPUs run", "agent answers", "configured"]
+/// Where the time of a boot went.
+async fn stages(vmm: &Vmm, hello: &HelloResponse, host: [Duration; 4]) -> Vec<Stage> {
+    let mut stages: Vec<Stage> = ["spawned", "vCPUs run", "agent answers", "configured"]
         .iter()
         .zip(host)
-    {
-        line.push_str(&format!(" {name} {:.1},", at.as_secs_f64() * 1e3));
-    }
+        .map(|(name, at)| Stage::new("host", name, at.as_secs_f64()))
+        .collect();
     if let Ok(Response::Description(description)) =
         vmm.call("describe itself", Request::Describe, &[]).await
     {
-        line.push_str(" in the VMM:");
-        for (name, at) in &description.stages {
-            line.push_str(&format!(" {name} {:.1},", *at as f64 / 1e6));
-        }
+        let of_vmm = description.stages.iter();
+        stages.extend(of_vmm.map(|(name, at)| Stage::new("vmm", name, *at as f64 / 1e9)));
     }
-    line.push_str(" in the guest:");
-    for stage in hello.stages.iter().take(16) {
-        let name: String = stage
-            .name
-            .chars()
-            .filter(char::is_ascii_graphic)
-            .take(32)
-            .collect();
-        line.push_str(&format!(" {name} {:.1},", stage.nanoseconds as f64 / 1e6));
+    // The guest's words: bounded, and without anything that a terminal would obey.
+    stages.extend(hello.stages.iter().take(16).map(|stage| {
+        let name = stage.name.chars().filter(char::is_ascii_graphic).take(32);
+        let name: String = name.collect();
+        Stage::new("guest", &name, stage.nanoseconds as f64 / 1e9)
+    }));
+    stages
+}
+
+fn log_stages(stages: &[Stage]) {
+    let mut line = String::from("booted; ms");
+    for (clock, since) in [
+        ("host", " since the VMM's start:"),
+        ("vmm", " in the VMM:"),
+        ("guest", " in the guest:"),
+    ] {
+        line.push_str(since);
+        for stage in stages.iter().filter(|stage| stage.clock == clock) {
+            line.push_str(&format!(" {} {:.1},", stage.name, stage.seconds * 1e3));
+        }
     }
     log::info!("{}", line.trim_end_matches(','));
 }

@@ -4,6 +4,7 @@ mod boot;
 mod container;
 mod devices;
 mod events;
+mod figures;
 mod network;
 mod process;
 mod sizing;
@@ -40,6 +41,7 @@ use crate::{
 };
 use boot::{Assets, Booted, boot};
 use events::forward_events;
+use figures::BootFigures;
 use sizing::Sizing;
 
 /// Events that may wait for the sandbox's owner.
@@ -70,6 +72,7 @@ pub struct Sandbox {
     vsock: PathBuf,
     hello: HelloResponse,
     sizing: Sizing,
+    boot: BootFigures,
 }
 
 impl Sandbox {
@@ -97,6 +100,7 @@ impl Sandbox {
                     hello,
                     vsock,
                     sizing,
+                    stages,
                 },
                 network,
             )) => {
@@ -115,6 +119,7 @@ impl Sandbox {
                     vsock,
                     hello,
                     sizing,
+                    boot: BootFigures::now(stages),
                 };
                 Ok((sandbox, receiver))
             }
@@ -145,6 +150,13 @@ impl Sandbox {
             Response::Description(description) => Ok(*description),
             other => Err(unexpected("describe itself", &other)),
         }
+    }
+
+    /// Containers that are there.
+    fn container_ids(&self) -> Vec<String> {
+        let containers = self.containers.lock();
+        let containers = containers.unwrap_or_else(PoisonError::into_inner);
+        containers.keys().cloned().collect()
     }
 
     /// The VMM's process id.

@@ -91,6 +91,11 @@ impl Host {
 }
 
 impl Sizing {
+    /// vCPUs that the guest uses.
+    pub(super) async fn vcpus(&self) -> u8 {
+        self.state.lock().await.vcpus
+    }
+
     /// Of a microVM that has just booted. `cgroup` is where its limits on the host are set.
     pub(super) fn new(config: &Config, room: Room, cgroup: Option<PathBuf>) -> Self {
         let host = Host {

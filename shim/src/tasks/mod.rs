@@ -50,6 +50,7 @@ use tokio::sync::{Notify, watch};
 use crate::{
     error::Error,
     events::{Events, topic},
+    figures,
     hooks::HostHooks,
     pod::{Pod, Pods},
     process::{Exit, Process, Stage},
@@ -227,6 +228,14 @@ impl Tasks {
             return Err(Error::Stopping);
         };
         *place = Some(pod.clone());
+        let path = caisson_sandbox::figures::socket(&self.config, &self.identity.sandbox);
+        let name = (
+            self.identity.sandbox.clone(),
+            self.identity.namespace.clone(),
+        );
+        if let Err(error) = figures::serve(&pod, &path, name) {
+            log::warn!("the pod's figures are told to nobody: {error}");
+        }
         tokio::spawn(self.clone().follow(events));
         Ok(pod)
     }

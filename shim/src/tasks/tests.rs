@@ -269,6 +269,14 @@ impl Pod for Arc<FakePod> {
         Ok(StatsResponse::default())
     }
 
+    async fn figures(
+        &self,
+        _: &str,
+        _: &str,
+    ) -> Result<caisson_sandbox::figures::Figures, SandboxError> {
+        Err(SandboxError::Invalid("a fake counts nothing".to_owned()))
+    }
+
     async fn stop(&self) -> Result<(), SandboxError> {
         self.die().await;
         Ok(())
