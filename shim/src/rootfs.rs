@@ -1,12 +1,13 @@
 //! Root file systems as containerd names them: mounts of a snapshotter.
 //!
-//! EROFS images travel to the guest as disks. Everything else is mounted at `<bundle>/rootfs`, as
+//! EROFS images and ext4 disks (blockfile, device mapper) travel to the guest as disks. Everything else is mounted at `<bundle>/rootfs`, as
 //! other runtimes do, and shared as a directory. A file in the bundle tells how many mounts there
 //! are before they are made, so that a shim that comes after one that died can undo them.
 
 use std::{
     ffi::CString,
     fs, io,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
@@ -46,6 +47,11 @@ pub fn prepare(
             upper: Upper::Disk(config.upper_disk_mib),
         });
     }
+    if let [mount] = mounts
+        && let Some(disk) = disk_of(mount)
+    {
+        return Ok(disk);
+    }
     let root = spec
         .root()
         .as_ref()
@@ -67,6 +73,32 @@ pub fn prepare(
             Err(error)
         }
     }
+}
+
+/// The disk that a mount is of, if the guest can mount it just as the host would.
+fn disk_of(mount: &Mount) -> Option<RootfsSource> {
+    if mount.type_ != "ext4" || !mount.target.is_empty() {
+        return None;
+    }
+    let mut read_only = false;
+    let mut in_file = false;
+    for option in &mount.options {
+        match option.as_str() {
+            "loop" => in_file = true,
+            "ro" => read_only = true,
+            "rw" => read_only = false,
+            "defaults" | "async" | "suid" | "dev" | "exec" | "" => {}
+            _ => return None,
+        }
+    }
+    let path = PathBuf::from(&mount.source);
+    let kind = fs::metadata(&path).ok()?.file_type();
+    let fits = if in_file {
+        kind.is_file()
+    } else {
+        kind.is_block_device()
+    };
+    fits.then_some(RootfsSource::Disk { path, read_only })
 }
 
 /// Undoes what [`prepare`] has mounted, if it has. Blocks. Can be repeated.
@@ -143,7 +175,12 @@ impl Plan {
                 "sync" => plan.flags |= MountFlags::SYNCHRONOUS,
                 "dirsync" => plan.flags |= MountFlags::DIRSYNC,
                 "defaults" | "async" | "suid" | "dev" | "exec" | "" => {}
-                "loop" => return refuse("by a loop device, which is not supported"),
+                "loop" => {
+                    let others: Vec<_> = mount.options.iter().filter(|o| *o != "loop").collect();
+                    return refuse(&format!(
+                        "by a loop device with the options {others:?}; only ext4 with ro or rw is supported"
+                    ));
+                }
                 other
                     if ["uidmap=", "gidmap=", "X-containerd."]
                         .iter()
@@ -274,6 +311,20 @@ mod tests {
             try_prepare(bundle, &[]).unwrap(),
             RootfsSource::Directory("/nowhere/bundle/rootfs".into())
         );
+    }
+
+    #[test]
+    fn a_disk_in_a_file_is_passed_on_unless_it_needs_more_than_that() {
+        let bundle = tempfile::tempdir().unwrap();
+        let path = bundle.path().join("disk");
+        fs::write(&path, "").unwrap();
+        let of = |options: &[&str]| try_prepare(bundle.path(), &[mount_of("ext4", &path, options)]);
+        for (options, read_only) in [(&["loop"][..], false), (&["loop", "ro"], true)] {
+            let path = path.clone();
+            assert_eq!(of(options).unwrap(), RootfsSource::Disk { path, read_only });
+        }
+        let error = of(&["loop", "data=journal"]).unwrap_err().to_string();
+        assert!(error.contains("data=journal"), "{error}");
     }
 
     #[test]

@@ -921,6 +921,14 @@ fn rootfs_of(rootfs: Option<agent::Rootfs>) -> Result<Rootfs> {
         Some(Wire::Ext4Device(device)) => Upper::Ext4(device),
         Some(Wire::ReadOnly(_)) => Upper::ReadOnly,
         Some(Wire::Share(entry)) => Upper::Share(without_prefix(&entry)),
+        Some(Wire::Ext4Root(device)) => Upper::Disk {
+            device,
+            read_only: false,
+        },
+        Some(Wire::Ext4RootReadOnly(device)) => Upper::Disk {
+            device,
+            read_only: true,
+        },
         _ => {
             return Err(Failure::invalid(
                 "a root file system without a kind of upper layer",

@@ -90,6 +90,13 @@ pub enum Upper {
     ReadOnly,
     /// Entry of the pod's share, which is the whole root file system.
     Share(String),
+    /// An ext4 block device, which is the whole root file system.
+    Disk {
+        /// Its node.
+        device: String,
+        /// The device cannot be written.
+        read_only: bool,
+    },
 }
 
 /// A file of `bytes` in memory, to be read from its beginning by another process.

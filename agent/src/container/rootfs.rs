@@ -108,6 +108,10 @@ fn assemble(rootfs: &Rootfs) -> Result<OwnedFd> {
             let source = mounts::open_share(entry)?;
             clone_tree(source.as_fd(), true).during(|| format!("use the shared root {entry}"))?
         }
+        Upper::Disk { device, read_only } => {
+            let flags: &[&str] = if *read_only { &["ro"] } else { &[] };
+            new_mount("ext4", Some(device), flags, &[], 0)?
+        }
         Upper::ReadOnly if rootfs.layers.len() == 1 => layer_mount(&rootfs.layers[0])?,
         upper => overlay(rootfs, upper)?,
     };
@@ -147,7 +151,7 @@ fn overlay(rootfs: &Rootfs, upper: &Upper) -> Result<OwnedFd> {
             0,
         )?),
         Upper::Ext4(device) => Some(new_mount("ext4", Some(device), &[], &[], 0)?),
-        Upper::ReadOnly | Upper::Share(_) => None,
+        Upper::ReadOnly | Upper::Share(_) | Upper::Disk { .. } => None,
     };
     let (upper_dir, work_dir) = (format!("{STAGE}/w/upper"), format!("{STAGE}/w/work"));
     if let Some(written) = written {

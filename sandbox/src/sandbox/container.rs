@@ -107,6 +107,23 @@ impl Sandbox {
                 let entry = self.share(path, share, holdings).await?;
                 rootfs.upper = Some(WireUpper::Share(format!("{SHARE_PREFIX}{entry}")));
             }
+            RootfsSource::Disk { path, read_only } => {
+                // The guest mounts only what it is told is ext4, and the host never does.
+                let file = File::options()
+                    .read(true)
+                    .write(!read_only)
+                    .open(path)
+                    .map_err(Error::io(format!("open the disk {}", path.display())))?;
+                let contents = BlockContents::File(Fd(0));
+                let disk = self
+                    .attach_disk("root", contents, *read_only, &[file.as_fd()], holdings)
+                    .await?;
+                rootfs.upper = Some(if *read_only {
+                    WireUpper::Ext4RootReadOnly(disk)
+                } else {
+                    WireUpper::Ext4Root(disk)
+                });
+            }
             RootfsSource::Layers { erofs, upper } => {
                 if erofs.is_empty() || erofs.len() > MAX_LAYERS {
                     return Err(Error::Invalid(format!(

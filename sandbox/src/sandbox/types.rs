@@ -63,6 +63,13 @@ pub enum RootfsSource {
     },
     /// A directory of the host, served as it is.
     Directory(PathBuf),
+    /// An ext4 file system (a raw file or a block device), used as it is.
+    Disk {
+        /// The file or device.
+        path: PathBuf,
+        /// The guest cannot write to it.
+        read_only: bool,
+    },
 }
 
 impl RootfsSource {
