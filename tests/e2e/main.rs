@@ -12,6 +12,7 @@ mod bad_images;
 mod bad_input;
 mod check;
 mod configuration;
+mod containerd;
 mod crash;
 mod docker;
 mod exec;

@@ -20,6 +20,13 @@ const STATE: [&str; 3] = [
     "/run/containerd",
 ];
 
+/// Directories that containerd and `ctr` make on their first use and keep.
+const KEPT: [&str; 3] = [
+    "/run/containerd",
+    "/run/containerd/fifo",
+    "/run/containerd/s",
+];
+
 /// One line for each thing found, such as `mount /run/caisson/x (tmpfs)`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Traces(BTreeSet<String>);
@@ -185,7 +192,9 @@ fn files(directory: &Path, found: &mut BTreeSet<String>) {
         } else {
             "file"
         };
-        found.insert(format!("{what} {}", path.display()));
+        if !KEPT.iter().any(|kept| path == Path::new(kept)) {
+            found.insert(format!("{what} {}", path.display()));
+        }
         if kind.is_dir() {
             files(&path, found);
         }

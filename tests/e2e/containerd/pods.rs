@@ -1,0 +1,71 @@
+//! Several containers in one microVM, by the annotations of CRI, and many pods at once.
+
+use caisson_tests::{Host, seconds, until};
+
+use super::{
+    daemon::{Daemon, Version, run_words},
+    with_each_containerd,
+};
+
+with_each_containerd!(one_shim_for_a_pod, many_at_once);
+
+fn one_shim_for_a_pod(version: Version) {
+    let host = Host::claim();
+    let daemon = Daemon::start(&host, version);
+    let kind = |kind| format!("io.kubernetes.cri.container-type={kind}");
+    let (sandbox, container) = (kind("sandbox"), kind("container"));
+    let pod = [
+        "--annotation",
+        "io.kubernetes.cri.sandbox-id=pod",
+        "--annotation",
+    ];
+    let flags = |kind| [&pod[..], &[kind]].concat();
+    daemon.detached(&flags(&sandbox), "pod", &["sleep", "1000"]);
+    // The second comes when the pod's only other container but the first has gone.
+    for id in ["first", "second"] {
+        daemon.detached(&flags(&container), id, &["sleep", "1000"]);
+        assert_eq!(daemon.status(id).as_deref(), Some("RUNNING"));
+        assert_eq!(host.processes_of("containerd-shim-caisson-v2").len(), 1);
+        assert_eq!(host.processes_of("caisson-vmm").len(), 1);
+        daemon.remove(id);
+        assert_eq!(daemon.status("pod").as_deref(), Some("RUNNING"));
+    }
+    // Two at a time, side by side.
+    for id in ["left", "right"] {
+        daemon.detached(&flags(&container), id, &["sleep", "1000"]);
+    }
+    daemon.remove("left");
+    assert_eq!(daemon.status("right").as_deref(), Some("RUNNING"));
+    // The sandbox container's end is not the others'.
+    daemon.remove("right");
+    daemon.remove("pod");
+    let ended = until(seconds(10.0), || {
+        daemon.shims("pod").is_empty().then_some(())
+    });
+    assert!(ended.is_some(), "the pod's shim lives on");
+}
+
+/// As many as the testbed's 4 GiB bear.
+fn many_at_once(version: Version) {
+    let host = Host::claim();
+    let daemon = Daemon::start(&host, version);
+    let ids: Vec<String> = (0..6).map(|number| format!("many{number}")).collect();
+    let running: Vec<_> = ids
+        .iter()
+        .map(|id| {
+            daemon
+                .command(run_words(
+                    &["--rm"],
+                    id,
+                    &["sh", "-c", "echo hello; exit 3"],
+                ))
+                .within(120.0)
+                .start()
+        })
+        .collect();
+    for one in running {
+        let finished = one.finish().expect_code(3);
+        assert_eq!(finished.stdout(), "hello\n");
+    }
+    assert_eq!(daemon.ctr(["task", "ls", "-q"]).ok().stdout(), "");
+}
