@@ -81,8 +81,11 @@ impl Host {
         let stdin = match Target::parse(&paths.stdin)? {
             None => None,
             Some(Target::Fifo(path)) => {
-                // Does not wait for a writer; its absence is not the end of the stream.
-                let opened = pipe::OpenOptions::new().open_receiver(&path);
+                // Both ways: the stream ends by `CloseIO` alone, as under runc. One writer leaves
+                // (`ctr run -d`, `kubectl attach`), and another may come.
+                let opened = pipe::OpenOptions::new()
+                    .read_write(true)
+                    .open_receiver(&path);
                 Some(opened.map_err(Error::file("open the FIFO", path))?)
             }
             Some(_) => {
@@ -342,7 +345,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "current_thread")]
-    async fn a_stdin_without_a_writer_is_not_at_its_end() {
+    async fn a_stdin_ends_when_it_is_closed_and_not_when_its_writer_leaves() {
         let directory = tempfile::tempdir().unwrap();
         let paths = Paths {
             stdin: fifo(directory.path(), "in"),
@@ -350,23 +353,27 @@ mod tests {
         };
         let host = Host::open(&paths, ("n", "c")).await.unwrap();
         let (guest_stdin, mut agent_stdin) = UnixStream::pair().unwrap();
-        let _pumps = Pumps::start(
-            host,
-            Streams {
-                stdin: Some(guest_stdin),
-                ..Default::default()
-            },
-            Arc::default(),
-        );
+        let close = Arc::new(Notify::new());
+        let streams = Streams {
+            stdin: Some(guest_stdin),
+            ..Default::default()
+        };
+        let _pumps = Pumps::start(host, streams, close.clone());
         let mut byte = [0; 1];
-        let early =
-            tokio::time::timeout(Duration::from_millis(50), agent_stdin.read(&mut byte)).await;
-        assert!(early.is_err());
-        let writer = std::fs::File::options()
-            .write(true)
-            .open(&paths.stdin)
-            .unwrap();
-        drop(writer);
+        for text in [b"1", b"2"] {
+            let mut writer = std::fs::File::options()
+                .write(true)
+                .open(&paths.stdin)
+                .unwrap();
+            std::io::Write::write_all(&mut writer, text).unwrap();
+            drop(writer);
+            agent_stdin.read_exact(&mut byte).await.unwrap();
+            assert_eq!(&byte, text);
+            let more = agent_stdin.read(&mut byte);
+            let early = tokio::time::timeout(Duration::from_millis(50), more).await;
+            assert!(early.is_err(), "ended when its writer left");
+        }
+        close.notify_one();
         assert_eq!(agent_stdin.read(&mut byte).await.unwrap(), 0);
     }
 
