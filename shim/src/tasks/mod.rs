@@ -476,13 +476,24 @@ impl Tasks {
         Ok(())
     }
 
-    /// Processes of a container.
+    /// Processes of a container; of one that has ended, its machine.
     ///
     /// # Errors
     /// No such container.
     pub async fn processes(&self, id: &str) -> Result<Vec<ProcessInfo>, Error> {
-        let pod = self.pod_of(&(id.to_owned(), String::new())).await?;
-        Ok(pod.processes(id).await?)
+        let name = (id.to_owned(), String::new());
+        let (stage, pid) = self.with(&name, |process| Ok((process.stage, process.pid)))?;
+        if stage == Stage::Stopped {
+            // A containerd that comes back takes a shim without a process for one whose task was
+            // never made, and would end it before its exit status has been asked for.
+            return Ok(vec![ProcessInfo {
+                pid,
+                guest_pid: pid,
+                exec: String::new(),
+                command: String::new(),
+            }]);
+        }
+        Ok(self.pod().await?.processes(id).await?)
     }
 
     /// Changes a container's limits.
