@@ -110,8 +110,7 @@ fn containers_outlive_containerd(version: Version) {
             "still here",
         ])
         .expect_stdout("still here\n");
-    daemon.wait_for_status("brief", "STOPPED");
-    daemon.ctr(["task", "rm", "brief"]).expect_code(6);
+    assert_eq!(daemon.exit_status("brief"), 6);
     daemon.ctr(["container", "rm", "brief"]).ok();
     daemon.remove("lasting");
 }
@@ -120,7 +119,19 @@ fn requests_that_make_no_sense(version: Version) {
     let host = Host::claim();
     let daemon = Daemon::start(&host, version);
     daemon.detached(&[], "there", &["sleep", "1000"]);
-    let exec = |id, exec| daemon.ctr(["task", "exec", "--exec-id", exec, id, "sleep", "0"]);
+    let fifos = daemon.fifos();
+    let exec = |id, exec| {
+        daemon.ctr([
+            "task",
+            "exec",
+            "--fifo-dir",
+            &fifos,
+            "--exec-id",
+            exec,
+            id,
+            "true",
+        ])
+    };
     exec("nobody", "e").expect_error(&["nobody", "not found"]);
     daemon
         .ctr([
@@ -157,7 +168,7 @@ fn requests_that_make_no_sense(version: Version) {
         ),
         ("user", vec!["--user", "nobody-here"], vec!["nobody-here"]),
     ] {
-        let flags = [&flags[..], &["-d"]].concat();
+        let flags = [&flags[..], &["--rm"]].concat();
         daemon.run_with(&flags, id, &["true"]).expect_error(&words);
         assert!(daemon.status(id).is_none());
         daemon.ctr(["container", "rm", id]);

@@ -19,4 +19,4 @@ macro_rules! with_each_containerd {
         }
     };
 }
-use with_each_containerd;
+pub(crate) use with_each_containerd;
