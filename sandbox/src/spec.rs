@@ -1,6 +1,6 @@
 //! An OCI specification made for the host, turned into one for the guest.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use caisson_protocol::SHARE_PREFIX;
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
@@ -30,11 +30,14 @@ pub fn parse(json: &[u8]) -> Result<Spec, Error> {
     })
 }
 
-/// Takes out what belongs to the host and has no meaning in the guest.
+/// Takes out what belongs to the host and has no meaning in the guest. `machine` is the process id
+/// that callers know the pod's containers by; true when this container joins the PID namespace of
+/// the pod (Kubernetes' `shareProcessNamespace`).
 ///
 /// # Errors
 /// Something that cannot be left out without betraying the caller.
-pub fn translate(spec: &mut Spec) -> Result<(), Error> {
+pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
+    let mut joins_pod = false;
     if let Some(hooks) = spec.hooks_mut() {
         // Those of the host are for whoever runs the sandbox ([`crate::hooks`]).
         #[allow(deprecated, reason = "docker uses prestart for its networks")]
@@ -58,6 +61,9 @@ pub fn translate(spec: &mut Spec) -> Result<(), Error> {
                 (_, None) => kept.push(namespace),
                 // One of the pod's on the host; the pod's in the guest is the guest's.
                 (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(_)) => {}
+                (LinuxNamespaceType::Pid, Some(path)) if is_pid_namespace_of(path, machine) => {
+                    joins_pod = true;
+                }
                 (kind, Some(path)) => {
                     return Err(Error::Unsupported(format!(
                         "the container wants to join the host's {kind:?} namespace {}: a microVM cannot",
@@ -68,7 +74,11 @@ pub fn translate(spec: &mut Spec) -> Result<(), Error> {
         }
         linux.set_namespaces(Some(kept));
     }
-    Ok(())
+    Ok(joins_pod)
+}
+
+fn is_pid_namespace_of(path: &Path, process: u32) -> bool {
+    path == Path::new(&format!("/proc/{process}/ns/pid"))
 }
 
 /// Takes out processors and memory nodes: they are numbers of the host's, and mean others in the
@@ -128,7 +138,7 @@ mod tests {
             r#"{"cgroupsPath":"/kubepods/x","resources":{"cpu":{"cpus":"2","mems":"0","shares":7}},"namespaces":[{"type":"network","path":"/run/netns/a"},{"type":"pid"},{"type":"uts","path":"/proc/7/ns/uts"}]}"#,
             "[]",
         );
-        translate(&mut one).unwrap();
+        assert!(!translate(&mut one, 7).unwrap());
         let linux = one.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path(), &None);
         let cpu = linux.resources().as_ref().unwrap().cpu().as_ref().unwrap();
@@ -142,11 +152,14 @@ mod tests {
             "[]",
         );
         assert!(
-            translate(&mut other)
+            translate(&mut other, 7)
                 .unwrap_err()
                 .to_string()
                 .contains("/proc/1/ns/pid")
         );
+        assert!(translate(&mut other, 1).unwrap(), "the pod's own");
+        let linux = other.linux().as_ref().unwrap();
+        assert!(linux.namespaces().as_ref().unwrap().is_empty());
     }
 
     #[test]

@@ -67,6 +67,28 @@ struct Table {
     births: usize,
     /// The pod's containers share the PID namespace of the first one.
     shared_pid_namespace: bool,
+    /// The container that was made first, which may have gone.
+    first: Option<String>,
+}
+
+impl Table {
+    /// The init process of the pod's first container.
+    ///
+    /// # Errors
+    /// It does not run.
+    fn first_init(&self) -> Result<u32> {
+        self.first
+            .as_ref()
+            .and_then(|id| self.containers.get(id))
+            .map(|container| container.init.pid())
+            .filter(|pid| *pid != 0)
+            .ok_or_else(|| {
+                Failure::new(
+                    Kind::FailedPrecondition,
+                    "the pod's first container, whose PID namespace this one shares, does not run",
+                )
+            })
+    }
 }
 
 struct Container {
@@ -189,16 +211,17 @@ impl Manager {
         }
         let pid_namespace_of = {
             let table = self.table();
-            table
-                .shared_pid_namespace
-                .then(|| {
-                    table
-                        .containers
-                        .values()
-                        .map(|c| c.init.pid())
-                        .find(|pid| *pid != 0)
-                })
-                .flatten()
+            if request.join_pod_pid_namespace {
+                Some(table.first_init()?)
+            } else if table.shared_pid_namespace {
+                table
+                    .containers
+                    .values()
+                    .map(|c| c.init.pid())
+                    .find(|pid| *pid != 0)
+            } else {
+                None
+            }
         };
         let linux = spec.linux().as_ref();
         let limits = linux.and_then(|linux| linux.resources().clone());
@@ -252,6 +275,7 @@ impl Manager {
         };
         let mut table = self.table();
         table.containers.insert(id.clone(), container);
+        table.first.get_or_insert_with(|| id.clone());
         let early = table.unclaimed.remove(&created.pid);
         table.birth_over();
         drop(table);

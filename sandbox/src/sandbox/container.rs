@@ -26,10 +26,13 @@ impl Sandbox {
     pub async fn create_container(&self, request: ContainerSpec) -> Result<Created, Error> {
         let mut spec = spec::parse(&request.spec_json)?;
         let limits = Limits::of(&spec)?;
-        spec::translate(&mut spec)?;
+        let joins_pod = spec::translate(&mut spec, self.vmm_pid())?;
         self.make_room(&request.id, limits).await?;
         let mut holdings = Holdings::default();
-        match self.create_with(&request, spec, &mut holdings).await {
+        match self
+            .create_with(&request, spec, joins_pod, &mut holdings)
+            .await
+        {
             Ok(created) => {
                 let mut containers = self
                     .containers
@@ -50,6 +53,7 @@ impl Sandbox {
         &self,
         request: &ContainerSpec,
         mut spec: oci_spec::runtime::Spec,
+        joins_pod: bool,
         holdings: &mut Holdings,
     ) -> Result<Created, Error> {
         for bind in spec::host_binds(&spec) {
@@ -69,6 +73,7 @@ impl Sandbox {
             rootfs: Some(rootfs).into(),
             stdio: Some(stdio_message(&request.stdio)).into(),
             bind_pod_files: request.pod_files,
+            join_pod_pid_namespace: joins_pod,
             ..Default::default()
         };
         let response = self
