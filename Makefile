@@ -18,7 +18,7 @@ DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builder
 
 # What the build and the tests call. The kernel's and the testbed's scripts install their own.
-PACKAGES := gcc libc6-dev make pkg-config libcap-ng-dev libseccomp-dev \
+PACKAGES := gcc libc6-dev make pkg-config libcap-ng-dev libseccomp-dev protobuf-compiler \
 	busybox-static e2fsprogs erofs-utils util-linux
 
 .PHONY: build demo test lint unit e2e bench setup programs guest install clean

@@ -14,6 +14,7 @@ mod check;
 mod configuration;
 mod containerd;
 mod crash;
+mod cri;
 mod docker;
 mod exec;
 mod images;

@@ -1,0 +1,317 @@
+//! A kubelet's calls: containerd's CRI plugin by gRPC.
+
+use std::{fs, io};
+
+use caisson_tests::{Host, Image, Layer, seconds, until};
+use hyper_util::rt::TokioIo;
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, ContainerStatus, CreateContainerRequest, ExecSyncRequest,
+    ExecSyncResponse, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
+    PodSandboxConfig, PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    runtime_service_client::RuntimeServiceClient,
+};
+use serde_json::json;
+use tokio::{net::UnixStream, runtime::Runtime};
+use tonic::{
+    Response, Status,
+    transport::{Channel, Endpoint, Uri},
+};
+
+use crate::containerd::daemon::{Daemon, Version, timeouts};
+
+/// The image of containers: busybox.
+pub const IMAGE: &str = "docker.io/library/box:1";
+/// What holds a pod.
+const PAUSE: &str = "docker.io/library/pause:1";
+/// State of a container that has ended (`CONTAINER_EXITED`).
+const EXITED: i32 = 2;
+
+/// A containerd with CRI, and a client of it.
+pub struct Cri<'a> {
+    pub daemon: Daemon<'a>,
+    runtime: Runtime,
+    client: RuntimeServiceClient<Channel>,
+}
+
+impl<'a> Cri<'a> {
+    /// Starts a daemon whose runtime handler "caisson" is Caisson.
+    pub fn start(host: &'a Host, version: Version) -> Self {
+        let daemon = Daemon::with_whole_config(host, version, &config(host, version));
+        let pause = Image::busybox(PAUSE).config("Entrypoint", json!(["sleep", "1000000"]));
+        for image in [pause, Image::busybox(IMAGE).layer(Layer::new())] {
+            daemon.import(&image, &[]);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let address = daemon.address();
+        let connector = tower::service_fn(move |_: Uri| {
+            let address = address.clone();
+            async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(address).await?)) }
+        });
+        let channel = runtime
+            .block_on(Endpoint::from_static("http://cri").connect_with_connector(connector))
+            .unwrap();
+        Self {
+            daemon,
+            runtime,
+            client: RuntimeServiceClient::new(channel),
+        }
+    }
+
+    /// One call; a call that takes longer than a kubelet waits is an error.
+    pub fn call<T>(
+        &self,
+        work: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<Response<T>, Status>,
+    ) -> Result<T, Status> {
+        let client = self.client.clone();
+        self.runtime.block_on(async {
+            tokio::time::timeout(seconds(60.0), work(client))
+                .await
+                .unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer within 60 s")))
+                .map(Response::into_inner)
+        })
+    }
+
+    /// Starts a pod and gives its id.
+    #[track_caller]
+    pub fn run_pod(&self, config: &PodSandboxConfig) -> String {
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: "caisson".to_owned(),
+        };
+        self.call(async |mut client| client.run_pod_sandbox(request).await)
+            .unwrap()
+            .pod_sandbox_id
+    }
+
+    /// Creates a container and gives its id.
+    pub fn create(
+        &self,
+        pod: &str,
+        pod_config: &PodSandboxConfig,
+        config: ContainerConfig,
+    ) -> Result<String, Status> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.to_owned(),
+            config: Some(config),
+            sandbox_config: Some(pod_config.clone()),
+        };
+        self.call(async |mut client| client.create_container(request).await)
+            .map(|answer| answer.container_id)
+    }
+
+    /// Starts a container.
+    pub fn start_container(&self, id: &str) -> Result<(), Status> {
+        let request = StartContainerRequest {
+            container_id: id.to_owned(),
+        };
+        self.call(async |mut client| client.start_container(request).await)
+            .map(drop)
+    }
+
+    /// Creates and starts a container.
+    #[track_caller]
+    pub fn run(&self, pod: &str, pod_config: &PodSandboxConfig, config: ContainerConfig) -> String {
+        let id = self.create(pod, pod_config, config).unwrap();
+        self.start_container(&id).unwrap();
+        id
+    }
+
+    /// A container's status.
+    #[track_caller]
+    pub fn status(&self, id: &str) -> ContainerStatus {
+        let request = k8s_cri::v1::ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: false,
+        };
+        self.call(async |mut client| client.container_status(request).await)
+            .unwrap()
+            .status
+            .unwrap()
+    }
+
+    /// Waits for a container's end.
+    #[track_caller]
+    pub fn ended(&self, id: &str) -> ContainerStatus {
+        let ended = until(seconds(30.0), || {
+            let status = self.status(id);
+            (status.state == EXITED).then_some(status)
+        });
+        ended.unwrap_or_else(|| panic!("{id} has not ended"))
+    }
+
+    /// Runs a shell script in a container.
+    pub fn exec(&self, id: &str, script: &str, limit: i64) -> Result<ExecSyncResponse, Status> {
+        let request = ExecSyncRequest {
+            container_id: id.to_owned(),
+            cmd: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            timeout: limit,
+        };
+        self.call(async |mut client| client.exec_sync(request).await)
+    }
+
+    /// What a shell script that succeeds prints.
+    #[track_caller]
+    pub fn output(&self, id: &str, script: &str) -> String {
+        let answer = self.exec(id, script, 0).unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert_eq!(answer.exit_code, 0, "{script}: {}", text(&answer.stderr));
+        text(&answer.stdout)
+    }
+
+    /// Stops a container: SIGTERM, and SIGKILL after `grace` seconds.
+    #[track_caller]
+    pub fn stop(&self, id: &str, grace: i64) {
+        let request = StopContainerRequest {
+            container_id: id.to_owned(),
+            timeout: grace,
+        };
+        self.call(async |mut client| client.stop_container(request).await)
+            .unwrap();
+    }
+
+    /// Removes a container.
+    #[track_caller]
+    pub fn remove(&self, id: &str) {
+        let request = RemoveContainerRequest {
+            container_id: id.to_owned(),
+        };
+        self.call(async |mut client| client.remove_container(request).await)
+            .unwrap();
+    }
+
+    /// Stops and removes a pod.
+    #[track_caller]
+    pub fn remove_pod(&self, pod: &str) {
+        let request = StopPodSandboxRequest {
+            pod_sandbox_id: pod.to_owned(),
+        };
+        self.call(async |mut client| client.stop_pod_sandbox(request).await)
+            .unwrap();
+        let request = RemovePodSandboxRequest {
+            pod_sandbox_id: pod.to_owned(),
+        };
+        self.call(async |mut client| client.remove_pod_sandbox(request).await)
+            .unwrap();
+    }
+
+    /// A pod with a network of its own.
+    pub fn pod(&self, name: &str) -> PodSandboxConfig {
+        let logs = self.daemon.host.scratch().join("logs").join(name);
+        fs::create_dir_all(&logs).unwrap();
+        PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: "default".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: logs.display().to_string(),
+            linux: Some(LinuxPodSandboxConfig {
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(own_processes()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    /// The log of a container, without times: `stdout F text`.
+    pub fn log(&self, pod: &PodSandboxConfig, name: &str) -> Vec<String> {
+        let path = format!("{}/{name}.log", pod.log_directory);
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        text.lines()
+            .filter_map(|line| Some(line.split_once(' ')?.1.to_owned()))
+            .collect()
+    }
+}
+
+/// A container that runs a shell script.
+pub fn container(name: &str, script: &str) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata {
+            name: name.to_owned(),
+            attempt: 0,
+        }),
+        image: Some(ImageSpec {
+            image: IMAGE.to_owned(),
+            ..Default::default()
+        }),
+        command: ["sh", "-c", script].map(str::to_owned).to_vec(),
+        log_path: format!("{name}.log"),
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(own_processes()),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// What a kubelet asks for unless a pod shares its processes.
+fn own_processes() -> NamespaceOption {
+    NamespaceOption {
+        pid: NamespaceMode::Container.into(),
+        ..Default::default()
+    }
+}
+
+/// containerd's configuration, and that of the pods' network: veth pairs (CNI's ptp plugin).
+fn config(host: &Host, version: Version) -> String {
+    let network = host.scratch().join("net.d");
+    fs::create_dir_all(&network).unwrap();
+    let plugins = json!({
+        "cniVersion": "1.0.0",
+        "name": "test",
+        "plugins": [{
+            "type": "ptp",
+            "ipam": {
+                "type": "host-local",
+                "ranges": [[{ "subnet": "10.77.0.0/24" }]],
+                "routes": [{ "dst": "0.0.0.0/0" }],
+                "dataDir": host.scratch().join("addresses"),
+            },
+        }],
+    });
+    fs::write(network.join("10-test.conflist"), plugins.to_string()).unwrap();
+    let (network, limits) = (network.display(), timeouts());
+    match version {
+        Version::One => format!(
+            r#"version = 2
+{limits}
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{PAUSE}"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+default_runtime_name = "caisson"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.caisson]
+runtime_type = "io.containerd.caisson.v2"
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{network}"
+"#
+        ),
+        Version::Two => format!(
+            r#"version = 3
+{limits}
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "{PAUSE}"
+[plugins."io.containerd.cri.v1.runtime".containerd]
+default_runtime_name = "caisson"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.caisson]
+runtime_type = "io.containerd.caisson.v2"
+[plugins."io.containerd.cri.v1.runtime".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{network}"
+"#
+        ),
+    }
+}
