@@ -3,6 +3,7 @@
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::Deserialize;
 
+use crate::spec::holds_pod;
 use crate::{config::Config, cpuset::CpuSet, error::Error};
 
 const MIB: u64 = 1 << 20;
@@ -19,12 +20,6 @@ const REGION_STEP: u32 = 2 << 10;
 
 /// Memory is plugged in steps of this, MiB.
 const PLUG_STEP: u32 = 2;
-
-/// Annotations that tell a Kubernetes pod's first container, which only holds the pod, from others.
-const CONTAINER_TYPES: [&str; 2] = [
-    "io.kubernetes.cri.container-type",
-    "io.kubernetes.cri-o.ContainerType",
-];
 
 /// CRI-O's names for what the containers of a pod may use together.
 const CRIO_RESOURCES: [&str; 2] = [
@@ -52,12 +47,7 @@ impl Limits {
     /// # Errors
     /// A set of processors or nodes that is none, or that the host does not have.
     pub fn of(spec: &Spec) -> Result<Option<Self>, Error> {
-        let annotation = |key: &&str| spec.annotations().as_ref()?.get(*key);
-        if CONTAINER_TYPES
-            .iter()
-            .filter_map(annotation)
-            .any(|kind| kind == "sandbox")
-        {
+        if holds_pod(spec) {
             return Ok(None);
         }
         let linux = spec.linux().as_ref();

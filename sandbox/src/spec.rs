@@ -7,6 +7,12 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 
 use crate::error::Error;
 
+/// Annotations that tell a Kubernetes pod's first container, which only holds the pod, from others.
+const CONTAINER_TYPES: [&str; 2] = [
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri-o.ContainerType",
+];
+
 /// A bind mount whose source is on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostBind {
@@ -30,6 +36,14 @@ pub fn parse(json: &[u8]) -> Result<Spec, Error> {
     })
 }
 
+/// Whether the container with this specification only holds a Kubernetes pod.
+pub fn holds_pod(spec: &Spec) -> bool {
+    CONTAINER_TYPES
+        .iter()
+        .filter_map(|key| spec.annotations().as_ref()?.get(*key))
+        .any(|kind| kind == "sandbox")
+}
+
 /// Takes out what belongs to the host and has no meaning in the guest. `machine` is the process id
 /// that callers know the pod's containers by; true when this container joins the PID namespace of
 /// the pod (Kubernetes' `shareProcessNamespace`).
@@ -38,6 +52,7 @@ pub fn parse(json: &[u8]) -> Result<Spec, Error> {
 /// Something that cannot be left out without betraying the caller.
 pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
     let mut joins_pod = false;
+    let holds_pod = holds_pod(spec);
     if let Some(hooks) = spec.hooks_mut() {
         // Those of the host are for whoever runs the sandbox ([`crate::hooks`]).
         #[allow(deprecated, reason = "docker uses prestart for its networks")]
@@ -58,9 +73,11 @@ pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
             match (namespace.typ(), namespace.path()) {
                 // The guest's own network is the pod's.
                 (LinuxNamespaceType::Network, _) => {}
+                // The pod's, or one of the pod's on the host; that of the pod is the guest's, which
+                // therefore gets the names and sysctls of the container that holds the pod.
+                (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, path)
+                    if holds_pod || path.is_some() => {}
                 (_, None) => kept.push(namespace),
-                // One of the pod's on the host; the pod's in the guest is the guest's.
-                (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(_)) => {}
                 (LinuxNamespaceType::Pid, Some(path)) if is_pid_namespace_of(path, machine) => {
                     joins_pod = true;
                 }
@@ -160,6 +177,22 @@ mod tests {
         assert!(translate(&mut other, 1).unwrap(), "the pod's own");
         let linux = other.linux().as_ref().unwrap();
         assert!(linux.namespaces().as_ref().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_pods_namespaces_are_the_guests() {
+        let namespaces =
+            r#""namespaces":[{"type":"ipc"},{"type":"uts"},{"type":"pid"},{"type":"network"}]"#;
+        for (kind, left) in [("sandbox", 1), ("container", 3)] {
+            let text = format!(
+                r#"{{"ociVersion":"1.2.0","linux":{{{namespaces}}},
+                    "annotations":{{"io.kubernetes.cri.container-type":"{kind}"}}}}"#
+            );
+            let mut one = parse(text.as_bytes()).unwrap();
+            translate(&mut one, 7).unwrap();
+            let linux = one.linux().as_ref().unwrap();
+            assert_eq!(linux.namespaces().as_ref().unwrap().len(), left, "{kind}");
+        }
     }
 
     #[test]
