@@ -5,10 +5,14 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Stdio},
+    sync::{Mutex, PoisonError},
 };
 
 use caisson_tests::{Command, Finished, Host, Image, Layer, Running, Terminal, seconds, until};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use super::{config, keeper};
 
 /// The image that containers are made of: two layers, `/etc/second` in the upper.
 pub const IMAGE: &str = "docker.io/library/test:1";
@@ -34,65 +38,67 @@ impl Version {
     }
 }
 
-/// A running containerd; it ends with this value, and its containers when a test has failed.
+/// A running containerd. A test that succeeds hands it on to the next one, as it takes long to
+/// start; the last ends with the test program.
 pub struct Daemon<'a> {
     pub host: &'a Host,
     pub version: Version,
-    directory: PathBuf,
     process: Option<Child>,
+    /// Where in the log the test begins.
+    log_start: usize,
 }
 
+/// Daemons that run and that no test has.
+static IDLE: Mutex<Vec<(Version, Child)>> = Mutex::new(Vec::new());
+
 impl<'a> Daemon<'a> {
-    /// Starts one without CRI and imports [`IMAGE`].
+    /// Takes one with CRI and all snapshotters that has [`IMAGE`] and CRI's images.
     pub fn start(host: &'a Host, version: Version) -> Self {
-        let daemon = Self::with_config(host, version, "");
-        daemon.import(&image(), &[]);
-        daemon
-    }
-
-    /// Starts one without CRI whose configuration (version 2) has `more` at its end.
-    pub fn with_config(host: &'a Host, version: Version, more: &str) -> Self {
-        let config = format!(
-            "version = 2\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.cri.v1.images\", \
-             \"io.containerd.cri.v1.runtime\"]\n{}{more}",
-            timeouts()
-        );
-        Self::with_whole_config(host, version, &config)
-    }
-
-    /// Starts one with a configuration of its own.
-    pub fn with_whole_config(host: &'a Host, version: Version, config: &str) -> Self {
-        let directory = host.scratch().join("containerd");
-        fs::create_dir_all(&directory).unwrap();
-        fs::write(directory.join("config.toml"), config).unwrap();
+        let idle = {
+            let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+            let found = idle.iter().position(|(of, _)| *of == version);
+            found.map(|index| idle.swap_remove(index).1)
+        };
         let mut daemon = Self {
             host,
             version,
-            directory,
-            process: None,
+            process: idle,
+            log_start: 0,
         };
-        daemon.run();
+        if daemon.process.is_none() {
+            config::write(&daemon.directory(), version);
+            daemon.run();
+            daemon.import(&image(), &[]);
+            for image in cri_images() {
+                daemon.import_into("k8s.io", &image, &[]);
+            }
+        }
+        daemon.log_start = fs::read(daemon.directory().join("log")).map_or(0, |log| log.len());
         daemon
     }
 
-    /// Its directory; `root`, `state`, `log` and `s` (the socket) are in it.
-    pub fn directory(&self) -> &Path {
-        &self.directory
+    /// Its directory; `root`, `state`, `log` and `s` (the socket) are in it. One for each version,
+    /// that the next program of tests finds and empties: nobody hears of a program's last test.
+    fn directory(&self) -> PathBuf {
+        std::env::temp_dir().join(match self.version {
+            Version::One => "tests-containerd-1",
+            Version::Two => "tests-containerd-2",
+        })
     }
 
     /// Its socket.
     pub fn address(&self) -> PathBuf {
-        self.directory.join("s")
+        self.directory().join("s")
     }
 
     /// Starts the program, which finds what an earlier one has left.
     pub fn run(&mut self) {
         assert!(self.process.is_none());
+        let directory = self.directory();
         let log = File::options()
             .create(true)
             .append(true)
-            .open(self.directory.join("log"))
+            .open(directory.join("log"))
             .unwrap();
         let mut path = OsString::from(self.host.prefix().join("bin"));
         for more in [
@@ -102,22 +108,24 @@ impl<'a> Daemon<'a> {
             path.push(":");
             path.push(more);
         }
-        let child = std::process::Command::new(self.version.programs().join("containerd"))
+        // It ends with the thread that starts it: that of the program, not of the test.
+        let mut command = std::process::Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL"])
+            .arg(self.version.programs().join("containerd"))
             .arg("--config")
-            .arg(self.directory.join("config.toml"))
+            .arg(directory.join("config.toml"))
             .arg("--root")
-            .arg(self.directory.join("root"))
+            .arg(directory.join("root"))
             .arg("--state")
-            .arg(self.directory.join("state"))
+            .arg(directory.join("state"))
             .arg("--address")
             .arg(self.address())
             .env("PATH", path)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("start containerd, which the testbed has");
-        self.process = Some(child);
+            .stderr(log);
+        self.process = Some(keeper::spawn(command).expect("start containerd by setpriv"));
         let up = until(seconds(20.0), || {
             (self.ctr(["version"]).code() == 0).then_some(())
         });
@@ -233,10 +241,19 @@ impl<'a> Daemon<'a> {
     /// Imports an image, unpacked for a snapshotter if `flags` name one.
     #[track_caller]
     pub fn import(&self, image: &Image, flags: &[&str]) {
-        let archive = self.directory.join("image.tar");
+        self.import_into("default", image, flags);
+    }
+
+    #[track_caller]
+    fn import_into(&self, namespace: &str, image: &Image, flags: &[&str]) {
+        let archive = self.host.scratch().join("image.tar");
         image.write_oci_archive(&archive);
         let archive = archive.display().to_string();
-        let mut words = vec!["image", "import"];
+        let mut words = vec!["-n", namespace, "image", "import"];
+        // 2.x would leave it to the daemon, which unpacks for its default snapshotter alone.
+        if self.version == Version::Two && !flags.is_empty() {
+            words.push("--local");
+        }
         words.extend(flags);
         words.push(&archive);
         self.ctr(words).ok();
@@ -272,14 +289,37 @@ impl<'a> Daemon<'a> {
         shims
     }
 
-    /// What it and its shims have complained of, at most 60 lines.
+    /// What it and its shims have complained of during this test, at most 60 lines.
     pub fn log(&self) -> String {
-        let log = fs::read_to_string(self.directory.join("log")).unwrap_or_default();
+        let log = fs::read(self.directory().join("log")).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log[self.log_start.min(log.len())..]).into_owned();
         let lines: Vec<&str> = log
             .lines()
             .filter(|line| !line.contains("level=info") && !line.contains("level=debug"))
             .collect();
         lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+
+    /// Names of the containers that it knows, with their namespaces.
+    fn containers(&self) -> Vec<(&'static str, String)> {
+        let mut all = Vec::new();
+        for namespace in ["default", "k8s.io"] {
+            let listed = self.ctr(["-n", namespace, "container", "ls", "-q"]);
+            let ids = listed.stdout();
+            all.extend(ids.lines().map(|id| (namespace, id.to_owned())));
+        }
+        all
+    }
+
+    /// After a failure: removes what is there.
+    fn clean(&mut self) {
+        if self.process.is_none() {
+            self.run();
+        }
+        for (namespace, id) in self.containers() {
+            self.ctr(["-n", namespace, "task", "rm", "-f", &id]);
+            self.ctr(["-n", namespace, "container", "rm", &id]);
+        }
     }
 }
 
@@ -288,19 +328,21 @@ impl Drop for Daemon<'_> {
         if std::thread::panicking() {
             eprintln!("--- containerd's log:\n{}\n---", self.log());
             // A failed command in here must not end all tests.
-            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                if self.process.is_none() {
-                    self.run();
-                }
-                for namespace in ["default", "k8s.io"] {
-                    let listed = self.ctr(["-n", namespace, "task", "ls", "-q"]).stdout();
-                    for id in listed.lines() {
-                        self.ctr(["-n", namespace, "task", "rm", "-f", id]);
-                    }
-                }
-            }));
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.clean()));
+            self.end(Signal::TERM);
+            return;
         }
+        let left = self.containers();
+        if left.is_empty()
+            && let Some(process) = self.process.take()
+        {
+            let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
+            idle.push((self.version, process));
+            return;
+        }
+        self.clean();
         self.end(Signal::TERM);
+        assert!(left.is_empty(), "containerd still has {left:?}");
     }
 }
 
@@ -310,29 +352,31 @@ pub fn kill(pid: i32) {
     kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
 }
 
-/// The words of `ctr run`.
+/// The words of `ctr run` on [`IMAGE`].
 pub fn run_words<'b>(flags: &[&'b str], id: &'b str, program: &[&'b str]) -> Vec<&'b str> {
+    run_words_on(IMAGE, flags, id, program)
+}
+
+/// The words of `ctr run`.
+pub fn run_words_on<'b>(
+    image: &'b str,
+    flags: &[&'b str],
+    id: &'b str,
+    program: &[&'b str],
+) -> Vec<&'b str> {
     let mut words = vec!["run", "--runtime", RUNTIME];
     words.extend(flags);
-    words.extend([IMAGE, id]);
+    words.extend([image, id]);
     words.extend(program);
     words
 }
 
-/// containerd's own limits on shims, stretched like everything else.
-pub fn timeouts() -> String {
-    let limits = [
-        ("shim.cleanup", 5.0),
-        ("shim.load", 5.0),
-        ("shim.shutdown", 3.0),
-        ("task.state", 2.0),
-    ];
-    let mut text = "[timeouts]\n".to_owned();
-    for (name, limit) in limits {
-        let limit = seconds(limit).as_secs();
-        text += &format!("\"io.containerd.timeout.{name}\" = \"{limit}s\"\n");
-    }
-    text
+/// What holds a pod of CRI, and what its containers are made of.
+fn cri_images() -> [Image; 2] {
+    let pause = Image::busybox(config::PAUSE)
+        .config("Entrypoint", json!(["sleep", "1000000"]))
+        .config("Cmd", json!([]));
+    [pause, Image::busybox(IMAGE).layer(Layer::new())]
 }
 
 fn image() -> Image {

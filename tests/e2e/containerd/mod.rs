@@ -1,22 +1,25 @@
-//! Caisson as a runtime of containerd: real daemons of both versions that we support, each
-//! started by its test, driven with `ctr`.
+//! Caisson as a runtime of containerd: real daemons of both versions that we support,
+//! started by the tests, driven with `ctr`.
 
+mod config;
 pub mod daemon;
 mod faults;
+mod keeper;
 mod pods;
 mod snapshotters;
 mod streams;
 mod tasks;
 
-/// Makes tests `one::NAME` and `two::NAME` of each function: with containerd 1.7 and with 2.x.
-macro_rules! with_each_containerd {
-    ($($name:ident),* $(,)?) => {
+/// Makes tests `one::NAME`, with containerd 1.7, and `two::NAME`, with 2.x, of functions. What
+/// depends on Caisson alone runs with one of them, as every test takes its seconds.
+macro_rules! with_containerd {
+    (one: [$($one:ident),* $(,)?], two: [$($two:ident),* $(,)?]) => {
         mod one {
-            $(#[test] fn $name() { super::$name($crate::containerd::daemon::Version::One); })*
+            $(#[test] fn $one() { super::$one($crate::containerd::daemon::Version::One); })*
         }
         mod two {
-            $(#[test] fn $name() { super::$name($crate::containerd::daemon::Version::Two); })*
+            $(#[test] fn $two() { super::$two($crate::containerd::daemon::Version::Two); })*
         }
     };
 }
-pub(crate) use with_each_containerd;
+pub(crate) use with_containerd;

@@ -4,10 +4,10 @@ use caisson_tests::{Host, seconds, until};
 
 use super::{
     daemon::{Daemon, Version, run_words},
-    with_each_containerd,
+    with_containerd,
 };
 
-with_each_containerd!(one_shim_for_a_pod, many_at_once);
+with_containerd!(one: [one_shim_for_a_pod], two: [one_shim_for_a_pod, many_at_once]);
 
 fn one_shim_for_a_pod(version: Version) {
     let host = Host::claim();

@@ -1,56 +1,54 @@
 //! Root file systems by each snapshotter that containerd has.
 
-use caisson_tests::{Command, Host, Image, Layer};
+use caisson_tests::{Host, Image, Layer};
 
 use super::{
-    daemon::{Daemon, IMAGE, Version, run_words},
-    with_each_containerd,
+    daemon::{Daemon, Version, run_words_on},
+    with_containerd,
 };
 
-with_each_containerd!(overlayfs, native, blockfile);
+with_containerd!(one: [overlayfs, native, blockfile], two: [blockfile, erofs]);
 
-/// A container on what a snapshotter yields: it sees both layers, what it writes is there for its
-/// execs and not for the next container, owners and modes are the image's.
-fn check(daemon: &Daemon, snapshotter: &str, flags: &[&str]) {
-    let flags = [&["--snapshotter", snapshotter], flags].concat();
-    let script = "cat /etc/second && test ! -e /root/mine && echo mine >/root/mine && rm /etc/passwd \
-                  && stat -c '%u %a' /home/app && test ! -e /etc/gone && cat /etc/changed";
-    for id in ["first", "next"] {
-        daemon
-            .ctr(run_words(
-                &[&flags[..], &["--rm"]].concat(),
-                id,
-                &["sh", "-c", script],
-            ))
-            .expect_stdout("second layer\n1000 755\nafter\n");
-    }
-    daemon.detached(&flags, "long", &["sleep", "1000"]);
-    let exec = |id, script| {
-        daemon
-            .ctr(["task", "exec", "--exec-id", id, "long", "sh", "-c", script])
-            .ok()
-    };
-    exec(
-        "w",
-        "dd if=/dev/zero of=/big bs=1M count=8 2>/dev/null && ln /big /link && sync",
-    );
-    exec("r", "cmp /big /link");
-    daemon.remove("long");
-    // A read-only one.
-    let read_only = [&flags[..], &["--rm", "--read-only"]].concat();
+const LAYERED: &str = "docker.io/library/layered:1";
+
+/// A container on what a snapshotter yields: it sees the image's layers, what it writes is there for
+/// its execs and not for the next container, owners and modes are the image's.
+fn check(daemon: &Daemon, snapshotter: &str) {
+    let fifos = daemon.fifos();
+    let flags = ["--snapshotter", snapshotter, "-d", "--fifo-dir", &fifos];
     daemon
-        .ctr(run_words(
-            &read_only,
-            "ro",
-            &["sh", "-c", "cat /etc/second; >/new"],
-        ))
+        .ctr(run_words_on(LAYERED, &flags, "long", &["sleep", "1000"]))
+        .ok();
+    let exec =
+        |id, script| daemon.ctr(["task", "exec", "--exec-id", id, "long", "sh", "-c", script]);
+    exec(
+        "see",
+        "cat /etc/second && stat -c '%u %a' /home/app && test ! -e /etc/gone && cat /etc/changed",
+    )
+    .expect_stdout("second layer\n1000 755\nafter\n");
+    exec(
+        "write",
+        "echo mine >/root/mine && rm /etc/passwd && ln /root/mine /link \
+         && dd if=/dev/zero of=/big bs=1M count=8 2>/dev/null && sync",
+    )
+    .ok();
+    exec(
+        "read",
+        "test ! -e /etc/passwd && stat -c %s /big && cat /link",
+    )
+    .expect_stdout("8388608\nmine\n");
+    daemon.remove("long");
+    let flags = ["--snapshotter", snapshotter, "--rm", "--read-only"];
+    let script = "test ! -e /root/mine && test -e /etc/passwd && cat /etc/second; >/new";
+    daemon
+        .ctr(run_words_on(LAYERED, &flags, "next", &["sh", "-c", script]))
         .expect_code(1)
         .expect_in_stdout("second layer");
 }
 
 /// An image whose upper layer adds, changes and removes.
 fn image() -> Image {
-    Image::busybox(IMAGE)
+    Image::busybox(LAYERED)
         .layer(
             Layer::new()
                 .file("etc/gone", 0o644, "")
@@ -65,45 +63,27 @@ fn image() -> Image {
 }
 
 fn overlayfs(version: Version) {
-    let host = Host::claim();
-    let daemon = Daemon::with_config(&host, version, "");
-    daemon.import(&image(), &[]);
-    check(&daemon, "overlayfs", &[]);
+    on(version, "overlayfs");
 }
 
 fn native(version: Version) {
-    let host = Host::claim();
-    let daemon = Daemon::with_config(&host, version, "");
-    daemon.import(&image(), &["--snapshotter", "native"]);
-    check(&daemon, "native", &[]);
+    on(version, "native");
 }
 
 fn blockfile(version: Version) {
-    let host = Host::claim();
-    let scratch = host.scratch().join("scratch.ext4");
-    let file = scratch.display().to_string();
-    Command::new(["truncate", "-s", "64M", &file]).run().ok();
-    Command::new(["mkfs.ext4", "-q", &file]).run().ok();
-    let config = format!(
-        "[plugins.\"io.containerd.snapshotter.v1.blockfile\"]\n\
-         scratch_file = \"{file}\"\nfs_type = \"ext4\"\nmount_options = []\n"
-    );
-    let daemon = Daemon::with_config(&host, version, &config);
-    daemon.import(&image(), &["--snapshotter", "blockfile"]);
-    check(&daemon, "blockfile", &[]);
+    on(version, "blockfile");
 }
 
-mod erofs {
-    use super::*;
+fn on(version: Version, snapshotter: &str) {
+    let host = Host::claim();
+    let daemon = Daemon::start(&host, version);
+    daemon.import(&image(), &["--snapshotter", snapshotter]);
+    check(&daemon, snapshotter);
+    // Its layers are mounts with some.
+    daemon.ctr(["image", "rm", "--sync", LAYERED]).ok();
+}
 
-    /// Only containerd 2.x has it.
-    #[test]
-    fn two() {
-        let host = Host::claim();
-        let config = "[plugins.\"io.containerd.service.v1.diff-service\"]\n\
-                      default = [\"erofs\", \"walking\"]\n";
-        let daemon = Daemon::with_config(&host, Version::Two, config);
-        daemon.import(&image(), &["--snapshotter", "erofs"]);
-        check(&daemon, "erofs", &[]);
-    }
+/// Only containerd 2.x has it.
+fn erofs(version: Version) {
+    on(version, "erofs");
 }

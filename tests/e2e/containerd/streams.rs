@@ -6,10 +6,10 @@ use caisson_tests::{Host, seconds, until};
 
 use super::{
     daemon::{Daemon, Version, run_words},
-    with_each_containerd,
+    with_containerd,
 };
 
-with_each_containerd!(log_uris, nobody_reads);
+with_containerd!(one: [log_uris], two: [nobody_reads]);
 
 fn log_uris(version: Version) {
     let host = Host::claim();

@@ -5,15 +5,12 @@ use serde_json::Value;
 
 use super::{
     daemon::{Daemon, Version, run_words},
-    with_each_containerd,
+    with_containerd,
 };
 
-with_each_containerd!(
-    run_to_the_end,
-    terminals,
-    life_and_its_events,
-    short_lives_in_order,
-    removed_after_every_kind_of_death,
+with_containerd!(
+    one: [run_to_the_end, terminals, life_and_its_events, removed_after_every_kind_of_death],
+    two: [run_to_the_end, terminals, life_and_its_events, short_lives_in_order]
 );
 
 fn run_to_the_end(version: Version) {

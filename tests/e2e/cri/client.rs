@@ -2,33 +2,28 @@
 
 use std::{fs, io};
 
-use caisson_tests::{Host, Image, Layer, seconds, until};
+use caisson_tests::{Host, seconds, until};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerStatus, CreateContainerRequest, ExecSyncRequest,
     ExecSyncResponse, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-    PodSandboxConfig, PodSandboxMetadata, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    runtime_service_client::RuntimeServiceClient,
+    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, NamespaceMode,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemoveContainerRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
 };
-use serde_json::json;
 use tokio::{net::UnixStream, runtime::Runtime};
 use tonic::{
     Response, Status,
     transport::{Channel, Endpoint, Uri},
 };
 
-use crate::containerd::daemon::{Daemon, Version, timeouts};
+use crate::containerd::daemon::{Daemon, IMAGE, Version};
 
-/// The image of containers: busybox.
-pub const IMAGE: &str = "docker.io/library/box:1";
-/// What holds a pod.
-const PAUSE: &str = "docker.io/library/pause:1";
 /// State of a container that has ended (`CONTAINER_EXITED`).
 const EXITED: i32 = 2;
 
-/// A containerd with CRI, and a client of it.
+/// A client of a containerd's CRI, whose runtime handler "caisson" is Caisson.
 pub struct Cri<'a> {
     pub daemon: Daemon<'a>,
     runtime: Runtime,
@@ -36,13 +31,9 @@ pub struct Cri<'a> {
 }
 
 impl<'a> Cri<'a> {
-    /// Starts a daemon whose runtime handler "caisson" is Caisson.
+    /// Takes a daemon.
     pub fn start(host: &'a Host, version: Version) -> Self {
-        let daemon = Daemon::with_whole_config(host, version, &config(host, version));
-        let pause = Image::busybox(PAUSE).config("Entrypoint", json!(["sleep", "1000000"]));
-        for image in [pause, Image::busybox(IMAGE).layer(Layer::new())] {
-            daemon.import(&image, &[]);
-        }
+        let daemon = Daemon::start(host, version);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -187,16 +178,19 @@ impl<'a> Cri<'a> {
     /// Stops and removes a pod.
     #[track_caller]
     pub fn remove_pod(&self, pod: &str) {
+        self.try_remove_pod(pod).unwrap();
+    }
+
+    fn try_remove_pod(&self, pod: &str) -> Result<(), Status> {
         let request = StopPodSandboxRequest {
             pod_sandbox_id: pod.to_owned(),
         };
-        self.call(async |mut client| client.stop_pod_sandbox(request).await)
-            .unwrap();
+        self.call(async |mut client| client.stop_pod_sandbox(request).await)?;
         let request = RemovePodSandboxRequest {
             pod_sandbox_id: pod.to_owned(),
         };
         self.call(async |mut client| client.remove_pod_sandbox(request).await)
-            .unwrap();
+            .map(drop)
     }
 
     /// A pod with a network of its own.
@@ -233,6 +227,22 @@ impl<'a> Cri<'a> {
     }
 }
 
+impl Drop for Cri<'_> {
+    /// After a failure: the pods' networks go with them alone.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let listed = self.call(async |mut client| {
+            let all = ListPodSandboxRequest::default();
+            client.list_pod_sandbox(all).await
+        });
+        for pod in listed.map(|listed| listed.items).unwrap_or_default() {
+            let _ = self.try_remove_pod(&pod.id);
+        }
+    }
+}
+
 /// A container that runs a shell script.
 pub fn container(name: &str, script: &str) -> ContainerConfig {
     ContainerConfig {
@@ -262,56 +272,5 @@ fn own_processes() -> NamespaceOption {
     NamespaceOption {
         pid: NamespaceMode::Container.into(),
         ..Default::default()
-    }
-}
-
-/// containerd's configuration, and that of the pods' network: veth pairs (CNI's ptp plugin).
-fn config(host: &Host, version: Version) -> String {
-    let network = host.scratch().join("net.d");
-    fs::create_dir_all(&network).unwrap();
-    let plugins = json!({
-        "cniVersion": "1.0.0",
-        "name": "test",
-        "plugins": [{
-            "type": "ptp",
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{ "subnet": "10.77.0.0/24" }]],
-                "routes": [{ "dst": "0.0.0.0/0" }],
-                "dataDir": host.scratch().join("addresses"),
-            },
-        }],
-    });
-    fs::write(network.join("10-test.conflist"), plugins.to_string()).unwrap();
-    let (network, limits) = (network.display(), timeouts());
-    match version {
-        Version::One => format!(
-            r#"version = 2
-{limits}
-[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "{PAUSE}"
-[plugins."io.containerd.grpc.v1.cri".containerd]
-default_runtime_name = "caisson"
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.caisson]
-runtime_type = "io.containerd.caisson.v2"
-[plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
-conf_dir = "{network}"
-"#
-        ),
-        Version::Two => format!(
-            r#"version = 3
-{limits}
-[plugins."io.containerd.cri.v1.images".pinned_images]
-sandbox = "{PAUSE}"
-[plugins."io.containerd.cri.v1.runtime".containerd]
-default_runtime_name = "caisson"
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.caisson]
-runtime_type = "io.containerd.caisson.v2"
-[plugins."io.containerd.cri.v1.runtime".cni]
-bin_dir = "/usr/lib/cni"
-conf_dir = "{network}"
-"#
-        ),
     }
 }

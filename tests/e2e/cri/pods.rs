@@ -11,14 +11,11 @@ use k8s_cri::v1::{
 };
 
 use super::client::{Cri, container};
-use crate::containerd::{daemon::Version, with_each_containerd};
+use crate::containerd::{daemon::Version, with_containerd};
 
-with_each_containerd!(
-    a_pods_life,
-    resources_and_their_use,
-    security_contexts,
-    shared_processes,
-    endings,
+with_containerd!(
+    one: [a_pods_life, endings],
+    two: [a_pods_life, endings, resources_and_their_use, security_contexts, shared_processes]
 );
 
 fn a_pods_life(version: Version) {
@@ -149,7 +146,11 @@ fn a_pods_life(version: Version) {
 fn resources_and_their_use(version: Version) {
     let host = Host::claim();
     let cri = Cri::start(&host, version);
-    let config = cri.pod("figures");
+    let mut config = cri.pod("figures");
+    // A kubelet makes a cgroup for every pod, whose figures are the pod's.
+    let cgroup = std::path::Path::new("/sys/fs/cgroup/pod-figures");
+    fs::create_dir(cgroup).unwrap();
+    config.linux.as_mut().unwrap().cgroup_parent = "/pod-figures".to_owned();
     let pod = cri.run_pod(&config);
     let limits = |memory: i64, shares: i64| LinuxContainerResources {
         memory_limit_in_bytes: memory,
@@ -187,7 +188,10 @@ fn resources_and_their_use(version: Version) {
         .linux
         .unwrap();
     assert_eq!(stats.containers.len(), 1);
-    assert!(stats.memory.is_some() && stats.cpu.is_some(), "{stats:?}");
+    // The machine's memory is more than that of what runs in it.
+    let whole = stats.memory.unwrap().usage_bytes.unwrap().value;
+    assert!(whole > memory, "{whole} {memory}");
+    assert!(stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
 
     let request = UpdateContainerResourcesRequest {
         container_id: app.clone(),
@@ -211,6 +215,7 @@ fn resources_and_their_use(version: Version) {
         (137, "OOMKilled")
     );
     cri.remove_pod(&pod);
+    fs::remove_dir(cgroup).unwrap();
 }
 
 fn security_contexts(version: Version) {
@@ -333,12 +338,19 @@ fn endings(version: Version) {
         &config,
         container(
             "polite",
-            "trap 'echo bye; exit 7' TERM; while :; do sleep 0.1; done",
+            "trap 'echo bye; exit 7' TERM; echo ready; while :; do sleep 0.1; done",
         ),
     );
-    cri.stop(&polite, 600);
+    let ready = until(seconds(20.0), || {
+        (!cri.log(&config, "polite").is_empty()).then_some(())
+    });
+    assert!(ready.is_some());
+    cri.stop(&polite, 120);
     assert_eq!(cri.ended(&polite).exit_code, 7);
-    assert_eq!(cri.log(&config, "polite"), ["stdout F bye"]);
+    assert_eq!(
+        cri.log(&config, "polite"),
+        ["stdout F ready", "stdout F bye"]
+    );
     // A program that is not there.
     let mut missing = container("missing", "");
     missing.command = vec!["/not/there".to_owned()];
