@@ -3,6 +3,7 @@
 #   make demo     build everything and run a container in a microVM
 #   make test     formatting, lints, unit tests, end-to-end tests
 #   make build    out/: a prefix tree to run from, or to copy to /usr/local (make install)
+#   make soak     50 pods at a time by containerd 2.x, 10 rounds (SOAK=PODSxROUNDS)
 #   make bench    measurements beside peers, into out/bench/
 #
 # Where this host's KVM cannot run a stock guest, demo, test and bench use the testbed
@@ -13,6 +14,7 @@ PREFIX ?= /usr/local
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 AGENT_TARGET := x86_64-unknown-linux-gnu
 CACHE := $(or $(CAISSON_CACHE),$(HOME)/.cache/caisson)
+SOAK ?= 50x10
 DENY_VERSION := 0.20.2
 DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builder
@@ -21,7 +23,7 @@ HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builde
 PACKAGES := gcc libc6-dev make pkg-config libcap-ng-dev libseccomp-dev protobuf-compiler \
 	busybox-static e2fsprogs erofs-utils util-linux
 
-.PHONY: build demo test lint unit e2e bench setup programs guest install clean
+.PHONY: build demo test lint unit e2e soak bench setup programs guest install clean
 
 build: programs guest
 
@@ -44,6 +46,9 @@ unit: setup
 
 e2e: build
 	tests/run --jobs 2
+
+soak: build
+	CAISSON_SOAK=$(SOAK) tests/run --filter containerd::pods::two::many_at_once
 
 bench: build
 	tests/bench/run

@@ -45,27 +45,40 @@ fn one_shim_for_a_pod(version: Version) {
     assert!(ended.is_some(), "the pod's shim lives on");
 }
 
-/// As many as the testbed's 4 GiB bear.
+/// As many as the testbed's 4 GiB bear, or `CAISSON_SOAK=PODSxROUNDS` (`make soak`); every round
+/// ends with nothing left of it.
 fn many_at_once(version: Version) {
+    let (pods, rounds) = match std::env::var("CAISSON_SOAK") {
+        Ok(text) => text
+            .split_once('x')
+            .and_then(|(pods, rounds)| Some((pods.parse().ok()?, rounds.parse().ok()?)))
+            .unwrap_or_else(|| panic!("CAISSON_SOAK={text:?} is not PODSxROUNDS")),
+        Err(_) => (4u32, 2u32),
+    };
     let host = Host::claim();
     let daemon = Daemon::start(&host, version);
-    let ids: Vec<String> = (0..6).map(|number| format!("many{number}")).collect();
-    let running: Vec<_> = ids
-        .iter()
-        .map(|id| {
-            daemon
-                .command(run_words(
-                    &["--rm"],
-                    id,
-                    &["sh", "-c", "echo hello; exit 3"],
-                ))
-                .within(120.0)
-                .start()
-        })
-        .collect();
-    for one in running {
-        let finished = one.finish().expect_code(3);
-        assert_eq!(finished.stdout(), "hello\n");
+    let script = ["sh", "-c", "echo hello; exit 3"];
+    for round in 0..rounds {
+        let ids: Vec<String> = (0..pods).map(|pod| format!("many{round}-{pod}")).collect();
+        let running: Vec<_> = ids
+            .iter()
+            .map(|id| {
+                daemon
+                    .command(run_words(&["--rm"], id, &script))
+                    .within(60.0 + 2.0 * f64::from(pods))
+                    .start()
+            })
+            .collect();
+        for one in running {
+            let finished = one.finish().expect_code(3);
+            assert_eq!(finished.stdout(), "hello\n");
+        }
+        assert_eq!(daemon.ctr(["task", "ls", "-q"]).ok().stdout(), "");
+        for program in ["caisson-vmm", "caisson-fs", "containerd-shim-caisson-v2"] {
+            let ended = until(seconds(10.0), || {
+                host.processes_of(program).is_empty().then_some(())
+            });
+            assert!(ended.is_some(), "round {round}: {program} lives on");
+        }
     }
-    assert_eq!(daemon.ctr(["task", "ls", "-q"]).ok().stdout(), "");
 }

@@ -70,13 +70,17 @@ impl<'a> Cri<'a> {
     /// Starts a pod and gives its id.
     #[track_caller]
     pub fn run_pod(&self, config: &PodSandboxConfig) -> String {
+        self.try_run_pod(config).unwrap()
+    }
+
+    /// Starts a pod, which may be refused.
+    pub fn try_run_pod(&self, config: &PodSandboxConfig) -> Result<String, Status> {
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: "caisson".to_owned(),
         };
         self.call(async |mut client| client.run_pod_sandbox(request).await)
-            .unwrap()
-            .pod_sandbox_id
+            .map(|answer| answer.pod_sandbox_id)
     }
 
     /// Creates a container and gives its id.

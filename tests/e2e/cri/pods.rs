@@ -7,7 +7,7 @@ use k8s_cri::v1::{
     Capability, ContainerStatsRequest, DnsConfig, Int64Value, LinuxContainerResources,
     LinuxContainerSecurityContext, Mount, NamespaceMode, NamespaceOption, PodSandboxStatsRequest,
     PodSandboxStatusRequest, ReopenContainerLogRequest, SecurityProfile,
-    UpdateContainerResourcesRequest,
+    UpdateContainerResourcesRequest, security_profile::ProfileType,
 };
 
 use super::client::{Cri, container};
@@ -254,13 +254,27 @@ fn security_contexts(version: Version) {
     let figures: Vec<&str> = status.split_whitespace().skip(1).step_by(2).collect();
     assert_eq!(figures, ["0000000000000000", "1", "2"], "{status}");
 
+    let profile = host.scratch().join("profile.json");
+    let rules = r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86_64"],
+        "syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":1}]}"#;
+    fs::write(&profile, rules).unwrap();
     let capable = with("capable", &|context| {
+        context.seccomp = Some(SecurityProfile {
+            profile_type: ProfileType::Localhost.into(),
+            localhost_ref: profile.display().to_string(),
+        });
         context.capabilities = Some(Capability {
             add_capabilities: vec!["NET_ADMIN".to_owned()],
             ..Default::default()
         });
     });
-    cri.output(&capable, "ip link set lo mtu 1400");
+    cri.output(
+        &capable,
+        "ip link set lo mtu 1400 && touch /tmp/may && test ! -e /tmp/not",
+    );
+    let filtered = cri.exec(&capable, "mkdir /tmp/not", 0).unwrap();
+    let told = String::from_utf8_lossy(&filtered.stderr);
+    assert!(told.contains("Operation not permitted"), "{told}");
     let plain = with("plain", &|_| {});
     assert_ne!(
         cri.exec(&plain, "ip link set lo mtu 1300", 0)
@@ -364,4 +378,11 @@ fn endings(version: Version) {
     crate::containerd::daemon::kill(host.processes_of("caisson-vmm")[0]);
     assert_eq!(cri.ended(&last).exit_code, 137);
     cri.remove_pod(&pod);
+    // The host's network is not for a guest (`hostNetwork`).
+    let mut on_host = cri.pod("host");
+    let context = &mut on_host.linux.as_mut().unwrap().security_context;
+    let options = &mut context.as_mut().unwrap().namespace_options;
+    options.as_mut().unwrap().network = NamespaceMode::Node.into();
+    let refused = cri.try_run_pod(&on_host).unwrap_err();
+    assert!(refused.message().contains("network"), "{refused}");
 }
