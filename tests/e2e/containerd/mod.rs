@@ -13,10 +13,13 @@ mod tasks;
 /// Makes tests `one::NAME`, with containerd 1.7, and `two::NAME`, with 2.x, of functions. What
 /// depends on Caisson alone runs with one of them, as every test takes its seconds.
 macro_rules! with_containerd {
-    (one: [$($one:ident),* $(,)?], two: [$($two:ident),* $(,)?]) => {
+    (one: [$($one:ident),* $(,)?], two: $two:tt) => {
         mod one {
             $(#[test] fn $one() { super::$one($crate::containerd::daemon::Version::One); })*
         }
+        with_containerd!(two: $two);
+    };
+    (two: [$($two:ident),* $(,)?]) => {
         mod two {
             $(#[test] fn $two() { super::$two($crate::containerd::daemon::Version::Two); })*
         }

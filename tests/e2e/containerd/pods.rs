@@ -7,7 +7,7 @@ use super::{
     with_containerd,
 };
 
-with_containerd!(one: [one_shim_for_a_pod], two: [one_shim_for_a_pod, many_at_once]);
+with_containerd!(two: [one_shim_for_a_pod, many_at_once]);
 
 fn one_shim_for_a_pod(version: Version) {
     let host = Host::claim();
@@ -53,7 +53,7 @@ fn many_at_once(version: Version) {
             .split_once('x')
             .and_then(|(pods, rounds)| Some((pods.parse().ok()?, rounds.parse().ok()?)))
             .unwrap_or_else(|| panic!("CAISSON_SOAK={text:?} is not PODSxROUNDS")),
-        Err(_) => (4u32, 2u32),
+        Err(_) => (3u32, 2u32),
     };
     let host = Host::claim();
     let daemon = Daemon::start(&host, version);

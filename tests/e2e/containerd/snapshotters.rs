@@ -7,7 +7,7 @@ use super::{
     with_containerd,
 };
 
-with_containerd!(one: [overlayfs, native, blockfile], two: [blockfile, erofs]);
+with_containerd!(one: [overlayfs, native], two: [blockfile, erofs]);
 
 const LAYERED: &str = "docker.io/library/layered:1";
 

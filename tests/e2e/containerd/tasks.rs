@@ -9,8 +9,8 @@ use super::{
 };
 
 with_containerd!(
-    one: [run_to_the_end, terminals, life_and_its_events, removed_after_every_kind_of_death],
-    two: [run_to_the_end, terminals, life_and_its_events, short_lives_in_order]
+    one: [run_to_the_end, terminals, short_lives_in_order, removed_after_every_kind_of_death],
+    two: [run_to_the_end, life_and_its_events]
 );
 
 fn run_to_the_end(version: Version) {

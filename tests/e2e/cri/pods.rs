@@ -14,7 +14,7 @@ use super::client::{Cri, container};
 use crate::containerd::{daemon::Version, with_containerd};
 
 with_containerd!(
-    one: [a_pods_life, endings],
+    one: [a_pods_life],
     two: [a_pods_life, endings, resources_and_their_use, security_contexts, shared_processes]
 );
 
