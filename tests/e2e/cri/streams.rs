@@ -34,7 +34,7 @@ struct Streams {
 impl Streams {
     #[track_caller]
     fn open(url: &str) -> Self {
-        let uri: Uri = url.parse().unwrap();
+        let uri: Uri = url.replacen("http", "ws", 1).parse().unwrap();
         let stream = TcpStream::connect(uri.authority().unwrap().as_str()).unwrap();
         stream.set_read_timeout(Some(seconds(20.0))).unwrap();
         let request = ClientRequestBuilder::new(uri).with_sub_protocol(PROTOCOL);
