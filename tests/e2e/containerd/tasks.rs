@@ -123,6 +123,8 @@ fn life_and_its_events(version: Version) {
             "task",
             "exec",
             "-d",
+            "--fifo-dir",
+            &fifos,
             "--exec-id",
             "e2",
             "life",
