@@ -5,6 +5,7 @@
 #   make build    out/: a prefix tree to run from, or to copy to /usr/local (make install)
 #   make soak     50 pods at a time by containerd 2.x, 10 rounds (SOAK=PODSxROUNDS)
 #   make bench    measurements beside peers, into out/bench/
+#   make image    the image that installs Caisson on a cluster's nodes (deploy/)
 #
 # Where this host's KVM cannot run a stock guest, demo, test and bench use the testbed
 # (tests/testbed), an emulated machine whose KVM can.
@@ -23,9 +24,10 @@ HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builde
 PACKAGES := gcc libc6-dev make pkg-config libcap-ng-dev libseccomp-dev protobuf-compiler \
 	busybox-static e2fsprogs erofs-utils util-linux
 
-.PHONY: build demo test lint unit e2e soak bench setup programs guest install clean
+.PHONY: build demo test lint unit e2e soak bench image setup programs guest install clean
 
 build: programs guest
+	install -D -t out/share/caisson/deploy deploy/caisson-node
 
 demo: build
 	tests/demo
@@ -82,6 +84,20 @@ install:
 	@[ -e out/share/caisson/guest.erofs ] || { echo "nothing to install yet: run 'make build' first" >&2; exit 1; }
 	install -d $(DESTDIR)$(PREFIX)
 	cp -a out/bin out/libexec out/share $(DESTDIR)$(PREFIX)/
+
+# The programs are linked against the host's C library, which the image has with it.
+image: build
+	rm -rf out/image
+	mkdir -p out/image/rootfs/bin out/image/rootfs/caisson
+	cp /bin/busybox out/image/rootfs/bin/
+	for applet in $$(/bin/busybox --list); do ln -sfn busybox out/image/rootfs/bin/$$applet; done
+	cp out/share/caisson/deploy/caisson-node out/image/rootfs/bin/
+	cp -a out/bin out/libexec out/share out/image/rootfs/caisson/
+	ldd out/bin/caisson | sed -n 's/.*\(\/[^ ]*\) (.*/\1/p' | while read -r library; do \
+		install -D "$$(readlink -f $$library)" out/image/rootfs$$library; done
+	cp deploy/Containerfile out/image/
+	@builder=$$(command -v podman || command -v docker) || { echo "neither podman nor docker is here to build the image; its context is out/image" >&2; exit 1; }; \
+	$$builder build -t caisson-node:latest -f out/image/Containerfile out/image
 
 clean:
 	$(CARGO) clean

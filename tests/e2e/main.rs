@@ -15,6 +15,7 @@ mod configuration;
 mod containerd;
 mod crash;
 mod cri;
+mod deploy;
 mod docker;
 mod exec;
 mod images;
