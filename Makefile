@@ -37,6 +37,7 @@ test: lint unit build e2e
 lint: setup $(DENY)
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) clippy -p caisson-tests --test e2e --locked -- -D warnings
 	$(DENY) --offline check bans licenses sources
 
 $(DENY): | setup

@@ -245,17 +245,15 @@ impl Machine {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let name = format!("{request:?}");
         self.channel().send(&Call { id, request }, &fds).unwrap();
-        loop {
-            match self.channel().receive::<Message>() {
-                Ok((Message::Reply { id: of, result }, _)) if of == id => {
-                    return result.map_err(|failure| failure.message);
-                }
-                Ok((Message::Reply { id, .. }, _)) => panic!("an answer to call {id}"),
-                Ok((Message::Event(event), _)) => {
-                    panic!("{name}: {event:?}; console:\n{}", self.output())
-                }
-                Err(error) => panic!("{name}: {error}; console:\n{}", self.output()),
+        match self.channel().receive::<Message>() {
+            Ok((Message::Reply { id: of, result }, _)) if of == id => {
+                result.map_err(|failure| failure.message)
             }
+            Ok((Message::Reply { id, .. }, _)) => panic!("an answer to call {id}"),
+            Ok((Message::Event(event), _)) => {
+                panic!("{name}: {event:?}; console:\n{}", self.output())
+            }
+            Err(error) => panic!("{name}: {error}; console:\n{}", self.output()),
         }
     }
 
