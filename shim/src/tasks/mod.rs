@@ -1,29 +1,10 @@
 //! The pod's tasks: what the Task API does, in terms of a microVM.
 //!
-//! [`life`] has what changes a process's stage, [`news`] what comes from the guest.
+//! [`boot`] starts the microVM, [`life`] has what changes a process's stage, [`news`] what comes from the guest.
 
+mod boot;
 mod life;
 mod news;
-/// Where the pod's interfaces are, as its first container says.
-fn network_namespace(spec: &Spec) -> Result<NetworkNamespace, Error> {
-    let namespaces = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.namespaces().as_ref());
-    let network = namespaces
-        .into_iter()
-        .flatten()
-        .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-    match network {
-        Some(namespace) => Ok(match namespace.path() {
-            Some(path) => NetworkNamespace::Path(path.clone()),
-            None => NetworkNamespace::Vmm,
-        }),
-        None => Err(caisson_sandbox::Error::Unsupported(
-            "the container wants the host's network: a microVM has a network of its own, so run it with \
-             another runtime, or without host networking".to_owned()).into()),
-    }
-}
 
 #[cfg(test)]
 mod tests;
@@ -35,27 +16,22 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use caisson_sandbox::{
-    Config, ContainerSpec, Created, NetworkNamespace, ProcessInfo, RootfsSource, SandboxSpec, Size,
-    StatsResponse, cgroup_parent, scaled,
-};
+use caisson_sandbox::{Config, ContainerSpec, Created, ProcessInfo, StatsResponse, scaled};
 use containerd_shim_protos::{
     api::Mount,
     events::task::{TaskCreate, TaskIO, TaskPaused, TaskResumed},
     protobuf::{MessageField, well_known_types::timestamp::Timestamp},
 };
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, watch};
 
 use crate::{
     error::Error,
     events::{Events, topic},
-    figures,
     hooks::HostHooks,
     pod::{Pod, Pods},
     process::{Exit, Process, Stage},
     rootfs,
-    start::pod_in,
     stdio::{Host, Paths},
 };
 
@@ -185,59 +161,6 @@ impl Tasks {
         let pod = self.pod.lock().await;
         pod.clone()
             .ok_or_else(|| Error::FailedPrecondition("the pod has no microVM".to_owned()))
-    }
-
-    /// The pod, booted for the first container.
-    async fn booted(
-        self: &Arc<Self>,
-        spec: &Spec,
-        rootfs: &RootfsSource,
-    ) -> Result<Arc<dyn Pod>, Error> {
-        let mut place = self.pod.lock().await;
-        if *self.stopping.borrow() {
-            return Err(Error::Stopping);
-        }
-        if let Some(pod) = place.as_ref() {
-            return match pod.gone() {
-                None => Ok(pod.clone()),
-                Some(gone) => Err(caisson_sandbox::Error::Gone(gone).into()),
-            };
-        }
-        let size = Size::of(&self.config, spec);
-        let linux = spec.linux().as_ref();
-        let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
-        let request = SandboxSpec {
-            id: self.identity.sandbox.clone(),
-            hostname: spec.hostname().clone().unwrap_or_default(),
-            vcpus: size.vcpus,
-            memory_mib: size.memory_mib,
-            cgroup_parent: cgroups_path.and_then(|path| cgroup_parent(path)),
-            network: network_namespace(spec)?,
-            // What a pod's later containers want is not known yet.
-            shares_directories: pod_in(spec).is_some() || rootfs.shares_directories(spec),
-            ..Default::default()
-        };
-        let mut stopping = self.stopping.subscribe();
-        let booted = tokio::select! {
-            booted = self.pods.boot(request) => Some(booted?),
-            _ = stopping.wait_for(|stopping| *stopping) => None,
-        };
-        let Some((pod, events)) = booted else {
-            // Given up on its way, it has left what its record tells.
-            self.pods.cleanup(&self.identity.sandbox).await?;
-            return Err(Error::Stopping);
-        };
-        *place = Some(pod.clone());
-        let path = caisson_sandbox::figures::socket(&self.config, &self.identity.sandbox);
-        let name = (
-            self.identity.sandbox.clone(),
-            self.identity.namespace.clone(),
-        );
-        if let Err(error) = figures::serve(&pod, &path, name) {
-            log::warn!("the pod's figures are told to nobody: {error}");
-        }
-        tokio::spawn(self.clone().follow(events));
-        Ok(pod)
     }
 
     /// Creates a task.

@@ -1,0 +1,146 @@
+//! What the agent knows of containers and processes.
+
+use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc};
+
+use caisson_protocol::agent::ProcessExit;
+use oci_spec::runtime::{LinuxSeccomp, Process as ProcessSpec};
+use tokio::sync::Notify;
+
+use super::spawn;
+use crate::{
+    cgroup::Cgroup,
+    events::now_ns,
+    failure::{Failure, Kind, Result},
+    stdio::Token,
+};
+
+#[derive(Default)]
+pub(super) struct Table {
+    pub(super) containers: HashMap<String, Container>,
+    /// Ends of processes that nobody has claimed yet: their PID is not known before they are
+    /// born, and a process may die sooner. Only kept while something is being born.
+    pub(super) unclaimed: HashMap<u32, ProcessExit>,
+    pub(super) births: usize,
+    /// The pod's containers share the PID namespace of the first one.
+    pub(super) shared_pid_namespace: bool,
+    /// The container that was made first, which may have gone.
+    pub(super) first: Option<String>,
+}
+
+impl Table {
+    /// The init process of the pod's first container.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub(super) fn first_init(&self) -> Result<u32> {
+        self.first
+            .as_ref()
+            .and_then(|id| self.containers.get(id))
+            .map(|container| container.init.pid())
+            .filter(|pid| *pid != 0)
+            .ok_or_else(|| {
+                Failure::new(
+                    Kind::FailedPrecondition,
+                    "the pod's first container, whose PID namespace this one shares, does not run",
+                )
+            })
+    }
+
+    pub(super) fn container(&mut self, id: &str) -> Result<&mut Container> {
+        self.containers
+            .get_mut(id)
+            .ok_or_else(|| not_found("container", id))
+    }
+
+    pub(super) fn process(&mut self, container_id: &str, exec_id: &str) -> Result<&mut Process> {
+        self.container(container_id)?.process(exec_id)
+    }
+
+    pub(super) fn birth_over(&mut self) {
+        self.births = self.births.saturating_sub(1);
+        if self.births == 0 {
+            self.unclaimed.clear();
+        }
+    }
+}
+
+pub(super) struct Container {
+    pub(super) cgroup: Arc<Cgroup>,
+    pub(super) init: Process,
+    pub(super) execs: HashMap<String, Process>,
+    pub(super) seccomp: Option<LinuxSeccomp>,
+    pub(super) oom_kills: u64,
+    pub(super) paused: bool,
+    pub(super) deleting: bool,
+}
+
+pub(super) struct Process {
+    pub(super) state: State,
+    pub(super) token: Token,
+    pub(super) close_stdin: Arc<Notify>,
+    pub(super) terminal: Option<OwnedFd>,
+    pub(super) size: (u16, u16),
+    /// An exec is only made when it starts.
+    pub(super) pending: Option<Pending>,
+}
+
+pub(super) struct Pending {
+    pub(super) process: ProcessSpec,
+    pub(super) user: Option<String>,
+    pub(super) streams: crate::stdio::Prepared,
+    pub(super) terminal: bool,
+}
+
+pub(super) enum State {
+    /// Waits to be started.
+    Created(Option<Box<spawn::Waiting>>),
+    /// Between the request to start and its answer: the end is not reported before the start.
+    Starting {
+        pid: u32,
+        ended: Option<ProcessExit>,
+    },
+    Running {
+        pid: u32,
+    },
+    Stopped(ProcessExit),
+}
+
+impl Process {
+    pub(super) fn pid(&self) -> u32 {
+        match &self.state {
+            State::Created(waiting) => waiting.as_ref().map_or(0, |waiting| waiting.pid),
+            State::Starting { pid, .. } | State::Running { pid } => *pid,
+            State::Stopped(exit) => exit.pid,
+        }
+    }
+}
+
+impl Container {
+    /// Whether there were any since the last call.
+    pub(super) fn new_oom_kills(&mut self) -> bool {
+        let kills = self.cgroup.oom_kills();
+        std::mem::replace(&mut self.oom_kills, kills) < kills
+    }
+
+    pub(super) fn process(&mut self, exec_id: &str) -> Result<&mut Process> {
+        if exec_id.is_empty() {
+            return Ok(&mut self.init);
+        }
+        self.execs
+            .get_mut(exec_id)
+            .ok_or_else(|| not_found("exec", exec_id))
+    }
+}
+
+pub(super) fn not_found(what: &str, id: &str) -> Failure {
+    Failure::new(Kind::NotFound, format!("no such {what}: {id}"))
+}
+
+pub(super) fn exit(pid: u32, status: u32) -> ProcessExit {
+    ProcessExit {
+        pid,
+        exit_status: status,
+        exited_at_ns: now_ns(),
+        ..Default::default()
+    }
+}
