@@ -1,7 +1,8 @@
 //! The sandbox's cgroup on the host (cgroup v2).
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Component, Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -62,18 +63,9 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// The cgroups above `path` that go when the last sandbox in them does, the uppermost first: those
-/// that are not there yet, and the default one, whoever has made it.
-pub fn own_parents(path: &Path) -> Vec<PathBuf> {
-    let default = Path::new(ROOT).join(DEFAULT_PARENT);
-    let own = path
-        .ancestors()
-        .skip(1)
-        .take_while(|path| *path == default || !path.exists());
-    let mut own: Vec<PathBuf> = own.map(Path::to_owned).collect();
-    own.reverse();
-    own
-}
+/// Extended attribute of a cgroup that was made on the way to a sandbox's: it goes with the last one
+/// below it, whichever that is.
+const OURS: &str = "trusted.caisson";
 
 /// Makes the cgroup, with controllers as far as the host lets us.
 ///
@@ -81,7 +73,7 @@ pub fn own_parents(path: &Path) -> Vec<PathBuf> {
 /// The host does not let us (a container without delegation): the caller goes on without.
 pub fn create(path: &Path) -> io::Result<()> {
     for _ in 0..100 {
-        match fs::create_dir_all(path) {
+        match create_with_parents(path) {
             // Another sandbox that ended has just removed the parent.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
@@ -92,6 +84,20 @@ pub fn create(path: &Path) -> io::Result<()> {
         }
     }
     Err(io::ErrorKind::NotFound.into())
+}
+
+fn create_with_parents(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent()
+        && !parent.exists()
+    {
+        create_with_parents(parent)?;
+        // Without the mark it stays, and is empty.
+        let _ = rustix::fs::setxattr(parent, OURS, b"", rustix::fs::XattrFlags::empty());
+    }
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
 }
 
 /// From the root down to the parent of `path`. Where it fails, [`limit`] tells.
@@ -149,27 +155,34 @@ pub fn bind(path: &Path, cpus: Option<&CpuSet>, nodes: Option<&CpuSet>) -> io::R
     fs::write(path.join("cpuset.mems"), text(nodes))
 }
 
-/// Kills what is in it and removes it.
+/// Kills what is in it and removes it, and what was made above it for the likes of it unless it is
+/// still used.
 ///
 /// # Errors
 /// It is still in use at the deadline.
 pub fn remove(path: &Path, deadline: Instant) -> io::Result<()> {
     loop {
         // Not there on kernels before 5.14, where the processes were killed one by one before.
-        let _ = fs::write(path.join("cgroup.kill"), "1");
+        let kill = fs::File::options()
+            .write(true)
+            .open(path.join("cgroup.kill"));
+        let _ = kill.and_then(|mut file| file.write_all(b"1"));
         match fs::remove_dir(path) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
             Err(error) if Instant::now() > deadline => return Err(error),
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
         }
     }
-}
-
-/// Removes a cgroup that was made on the way to a sandbox's, unless somebody uses it.
-pub fn remove_unused(path: &Path) {
-    // Fails while another sandbox has its cgroup there.
-    let _ = fs::remove_dir(path);
+    for parent in path.ancestors().skip(1) {
+        let mut nothing = [0; 1];
+        let ours = rustix::fs::getxattr(parent, OURS, &mut nothing[..]).is_ok();
+        // Fails while another sandbox has its cgroup there.
+        if !ours || fs::remove_dir(parent).is_err() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -204,14 +217,23 @@ mod tests {
     }
 
     #[test]
-    fn parents_of_its_own_are_listed_from_above() {
+    fn parents_that_were_made_go_with_the_last_below_them() {
+        if !rustix::process::geteuid().is_root() {
+            return; // Nobody else can mark them, and the runtime is root's.
+        }
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("a/b/c");
-        let expected = [directory.path().join("a"), directory.path().join("a/b")];
-        assert_eq!(own_parents(&path), expected);
-        fs::create_dir_all(&path).unwrap();
-        assert_eq!(own_parents(&path), Vec::<PathBuf>::new());
-        let default = Path::new(ROOT).join(DEFAULT_PARENT);
-        assert_eq!(own_parents(&default.join("id")), [default]);
+        let path = |name: &str| directory.path().join(name);
+        fs::create_dir(path("others")).unwrap();
+        for name in ["others/a/b/one", "others/a/b/two", "others/three"] {
+            create(&path(name)).unwrap();
+        }
+        let now = Instant::now();
+        // The one that made the parents goes first.
+        remove(&path("others/a/b/one"), now).unwrap();
+        assert!(path("others/a/b/two").exists());
+        remove(&path("others/a/b/two"), now).unwrap();
+        assert!(!path("others/a").exists());
+        remove(&path("others/three"), now).unwrap();
+        assert!(path("others").exists(), "made by somebody else");
     }
 }

@@ -61,10 +61,8 @@ pub enum Resource {
         /// Field 22 of /proc/PID/stat.
         start_time: u64,
     },
-    /// A cgroup directory and all in it.
+    /// A cgroup directory and all in it; also what was made above it for the likes of it.
     Cgroup(PathBuf),
-    /// A cgroup above the sandbox's that was not there; it stays while others use it.
-    CgroupParent(PathBuf),
     /// An empty directory, or one that is empty once the sandbox is gone.
     Directory(PathBuf),
 }
@@ -226,7 +224,6 @@ impl Record {
                         source,
                     })?;
                 }
-                Resource::CgroupParent(path) => cgroup::remove_unused(path),
                 Resource::Directory(path) => remove_directory(path)?,
             }
         }

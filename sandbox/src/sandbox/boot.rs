@@ -124,9 +124,6 @@ pub(super) async fn boot(
     )?;
     let mut cgroup = cgroup::path_for(&spec.id, spec.cgroup_parent.as_deref());
     if let Some(path) = &cgroup {
-        for parent in cgroup::own_parents(path) {
-            record.add(Resource::CgroupParent(parent))?;
-        }
         record.add(Resource::Cgroup(path.clone()))?;
     }
     let vsock = record.directory().join("vsock.sock");

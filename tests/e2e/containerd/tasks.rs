@@ -71,7 +71,8 @@ fn terminals(version: Version) {
     attached.send("hello\n");
     attached.expect("got hello");
     assert_eq!(attached.finish(), 5);
-    daemon.remove_ended("later");
+    // `attach` has removed the task.
+    daemon.ctr(["container", "rm", "later"]).ok();
 }
 
 /// Names of the events that were heard of a container, in order; waits until the last is `last`.
