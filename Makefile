@@ -90,11 +90,11 @@ install:
 image: build
 	rm -rf out/image
 	mkdir -p out/image/rootfs/bin out/image/rootfs/caisson
-	cp /bin/busybox out/image/rootfs/bin/
 	for applet in $$(/bin/busybox --list); do ln -sfn busybox out/image/rootfs/bin/$$applet; done
+	cp --remove-destination /bin/busybox out/image/rootfs/bin/
 	cp out/share/caisson/deploy/caisson-node out/image/rootfs/bin/
 	cp -a out/bin out/libexec out/share out/image/rootfs/caisson/
-	ldd out/bin/caisson | sed -n 's/.*\(\/[^ ]*\) (.*/\1/p' | while read -r library; do \
+	ldd out/bin/caisson | grep -o '/[^ ]*' | while read -r library; do \
 		install -D "$$(readlink -f $$library)" out/image/rootfs$$library; done
 	cp deploy/Containerfile out/image/
 	@builder=$$(command -v podman || command -v docker) || { echo "neither podman nor docker is here to build the image; its context is out/image" >&2; exit 1; }; \
