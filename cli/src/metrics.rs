@@ -157,6 +157,18 @@ fn labels<'a>(figures: &'a Figures, more: Labels<'a>) -> Labels<'a> {
     labels
 }
 
+/// A line for each item, told apart by one label.
+fn by<'a, T, M>(
+    label: &'static str,
+    items: &'a [T],
+    tell: impl Fn(&'a T) -> (&'a String, M),
+) -> Vec<(Labels<'a>, M)> {
+    let lines = items.iter().map(tell);
+    lines
+        .map(|(name, value)| (vec![(label, name.as_str())], value))
+        .collect()
+}
+
 fn mib(number: u32) -> ConstGauge<f64> {
     ConstGauge::new(f64::from(number) * 1024.0 * 1024.0)
 }
@@ -204,14 +216,9 @@ impl Sandboxes {
             MetricType::Gauge,
         );
         self.family(encoder, pss, |figures| {
-            let all = figures.processes.iter();
-            all.map(|one| {
-                (
-                    vec![("role", one.role.as_str())],
-                    ConstGauge::new(one.pss_bytes as f64),
-                )
+            by("role", &figures.processes, |one| {
+                (&one.role, ConstGauge::new(one.pss_bytes as f64))
             })
-            .collect()
         })?;
         let unit = Unit::Seconds;
         let cpu = (
@@ -221,14 +228,9 @@ impl Sandboxes {
             MetricType::Counter,
         );
         self.family(encoder, cpu, |figures| {
-            let all = figures.processes.iter();
-            all.map(|one| {
-                (
-                    vec![("role", one.role.as_str())],
-                    ConstCounter::new(one.cpu_seconds),
-                )
+            by("role", &figures.processes, |one| {
+                (&one.role, ConstCounter::new(one.cpu_seconds))
             })
-            .collect()
         })
     }
 
@@ -327,14 +329,9 @@ impl Sandboxes {
             MetricType::Counter,
         );
         self.family(encoder, cpu, |figures| {
-            let all = figures.containers.iter();
-            all.map(|one| {
-                (
-                    vec![("container", one.id.as_str())],
-                    ConstCounter::new(one.cpu_usec as f64 / 1e6),
-                )
+            by("container", &figures.containers, |one| {
+                (&one.id, ConstCounter::new(one.cpu_usec as f64 / 1e6))
             })
-            .collect()
         })?;
         let unit = Unit::Bytes;
         let memory = (
@@ -344,14 +341,9 @@ impl Sandboxes {
             MetricType::Gauge,
         );
         self.family(encoder, memory, |figures| {
-            let all = figures.containers.iter();
-            all.map(|one| {
-                (
-                    vec![("container", one.id.as_str())],
-                    ConstGauge::new(one.memory_bytes as f64),
-                )
+            by("container", &figures.containers, |one| {
+                (&one.id, ConstGauge::new(one.memory_bytes as f64))
             })
-            .collect()
         })?;
         let pids = (
             "container_processes",
@@ -360,14 +352,9 @@ impl Sandboxes {
             MetricType::Gauge,
         );
         self.family(encoder, pids, |figures| {
-            let all = figures.containers.iter();
-            all.map(|one| {
-                (
-                    vec![("container", one.id.as_str())],
-                    ConstGauge::new(one.pids as f64),
-                )
+            by("container", &figures.containers, |one| {
+                (&one.id, ConstGauge::new(one.pids as f64))
             })
-            .collect()
         })?;
         let kills = (
             "container_oom_kills",
@@ -376,14 +363,9 @@ impl Sandboxes {
             MetricType::Counter,
         );
         self.family(encoder, kills, |figures| {
-            let all = figures.containers.iter();
-            all.map(|one| {
-                (
-                    vec![("container", one.id.as_str())],
-                    ConstCounter::new(one.oom_kills),
-                )
+            by("container", &figures.containers, |one| {
+                (&one.id, ConstCounter::new(one.oom_kills))
             })
-            .collect()
         })
     }
 
@@ -395,14 +377,9 @@ impl Sandboxes {
             MetricType::Counter,
         );
         self.family(encoder, failed, |figures| {
-            let all = figures.requests.iter();
-            all.map(|one| {
-                (
-                    vec![("request", one.request.as_str())],
-                    ConstCounter::new(one.failed),
-                )
+            by("request", &figures.requests, |one| {
+                (&one.request, ConstCounter::new(one.failed))
             })
-            .collect()
         })?;
         let unit = Unit::Seconds;
         let mut family = encoder.encode_descriptor(

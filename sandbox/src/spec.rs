@@ -150,6 +150,32 @@ mod tests {
     }
 
     #[test]
+    fn hooks_of_the_host_stay_there() {
+        let hook = r#"[{"path":"/bin/true"}]"#;
+        let names = [
+            "prestart",
+            "createRuntime",
+            "createContainer",
+            "startContainer",
+            "poststart",
+            "poststop",
+        ];
+        let hooks: Vec<String> = names
+            .iter()
+            .map(|name| format!("\"{name}\":{hook}"))
+            .collect();
+        let text = format!(
+            r#"{{"ociVersion":"1.2.0","hooks":{{{}}}}}"#,
+            hooks.join(",")
+        );
+        let mut spec: Spec = serde_json::from_str(&text).unwrap();
+        translate(&mut spec, 7).unwrap();
+        let left = serde_json::to_value(spec.hooks()).unwrap();
+        let left: Vec<&String> = left.as_object().unwrap().keys().collect();
+        assert_eq!(left, ["createContainer", "startContainer"]);
+    }
+
+    #[test]
     fn host_things_go() {
         let mut one = spec(
             r#"{"cgroupsPath":"/kubepods/x","resources":{"cpu":{"cpus":"2","mems":"0","shares":7}},"namespaces":[{"type":"network","path":"/run/netns/a"},{"type":"pid"},{"type":"uts","path":"/proc/7/ns/uts"}]}"#,
