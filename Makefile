@@ -4,6 +4,7 @@
 #   make test     formatting, lints, unit tests, end-to-end tests
 #   make build    out/: a prefix tree to run from, or to copy to /usr/local (make install)
 #   make soak     50 pods at a time by containerd 2.x, 10 rounds (SOAK=PODSxROUNDS)
+#   make fuzz     hostile guests and streams, FUZZ_SECONDS for each target (needs nightly Rust)
 #   make bench    measurements beside peers, into out/bench/
 #   make image    the image that installs Caisson on a cluster's nodes (deploy/)
 #
@@ -16,6 +17,9 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 AGENT_TARGET := x86_64-unknown-linux-gnu
 CACHE := $(or $(CAISSON_CACHE),$(HOME)/.cache/caisson)
 SOAK ?= 50x10
+FUZZ_SECONDS ?= 60
+FUZZ_VERSION := 0.13.2
+FUZZ := $(CACHE)/cargo-fuzz-$(FUZZ_VERSION)/bin/cargo-fuzz
 DENY_VERSION := 0.20.2
 DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
 HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builder
@@ -24,7 +28,7 @@ HOST_CRATES := caisson caisson-shim caisson-vmm caisson-fs caisson-rootfs-builde
 PACKAGES := gcc libc6-dev make pkg-config libcap-ng-dev libseccomp-dev protobuf-compiler \
 	busybox-static e2fsprogs erofs-utils util-linux
 
-.PHONY: build demo test lint unit e2e soak bench image setup programs guest install clean
+.PHONY: build demo test lint unit e2e soak fuzz bench image setup programs guest install clean
 
 build: programs guest
 	install -D -t out/share/caisson/deploy deploy/caisson-node
@@ -36,6 +40,7 @@ test: lint unit build e2e
 
 lint: setup $(DENY)
 	$(CARGO) fmt --all --check
+	$(CARGO) fmt --manifest-path tests/fuzz/Cargo.toml --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) clippy -p caisson-tests --test e2e --locked -- -D warnings
 	$(DENY) --offline check bans licenses sources
@@ -52,6 +57,18 @@ e2e: build
 
 soak: build
 	CAISSON_SOAK=$(SOAK) tests/run --filter containerd::pods::two::many_at_once
+
+# The network device wants root, for a tap.
+fuzz: setup $(FUZZ)
+	@rustc +nightly --version >/dev/null 2>&1 || { echo "fuzzing needs nightly Rust: rustup toolchain install nightly" >&2; exit 1; }
+	set -e; for target in $(patsubst tests/fuzz/fuzz_targets/%.rs,%,$(wildcard tests/fuzz/fuzz_targets/*.rs)); do \
+		mkdir -p out/fuzz/$$target; \
+		RUSTUP_TOOLCHAIN=nightly $(FUZZ) run --fuzz-dir tests/fuzz --target-dir $(abspath $(TARGET_DIR))/fuzz $$target out/fuzz/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096 -timeout=20 -print_final_stats=1; \
+	done
+
+$(FUZZ): | setup
+	$(CARGO) install cargo-fuzz --version $(FUZZ_VERSION) --locked --quiet --root $(CACHE)/cargo-fuzz-$(FUZZ_VERSION)
 
 bench: build
 	tests/bench/run

@@ -19,6 +19,11 @@ pub const CONTAINERS: &str = "caisson";
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// Directory of the cgroup that all containers are in.
+pub fn of_containers() -> PathBuf {
+    Path::new(ROOT).join(CONTAINERS)
+}
+
 /// A container's cgroup.
 #[derive(Debug)]
 pub struct Cgroup {
@@ -32,7 +37,7 @@ impl Cgroup {
     /// A limit that cannot be set; the cgroup is gone then.
     pub fn create(id: &str, limits: Option<&oci_spec::runtime::LinuxResources>) -> Result<Self> {
         let cgroup = Self {
-            path: Path::new(ROOT).join(CONTAINERS).join(id),
+            path: of_containers().join(id),
         };
         fs::create_dir(&cgroup.path)
             .during(|| format!("create the cgroup {}", cgroup.path.display()))?;

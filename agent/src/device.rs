@@ -52,6 +52,22 @@ pub async fn bind(slot: u32, expect: Option<&Expect>) -> Result<String> {
     }
 }
 
+/// Device numbers of what [`bind`] has found; zeros when it is no node.
+///
+/// # Errors
+/// The node has gone.
+pub fn numbers(device: &str) -> Result<(u32, u32)> {
+    if !device.starts_with('/') {
+        return Ok((0, 0));
+    }
+    let stat = rustix::fs::stat(device).during(|| format!("find {device}"))?;
+    let (major, minor) = (
+        rustix::fs::major(stat.st_rdev),
+        rustix::fs::minor(stat.st_rdev),
+    );
+    Ok((major, minor))
+}
+
 /// Unbinds the driver of `slot`; a slot without one is as it should be.
 ///
 /// # Errors
@@ -63,6 +79,17 @@ pub fn unbind(slot: u32) -> Result<()> {
     }
     fs::write(Path::new(DRIVER).join("unbind"), &name)
         .during(|| format!("unbind the driver from {name}"))
+}
+
+/// The name of the network interface whose device is in `slot`.
+///
+/// # Errors
+/// There is none.
+pub fn network_interface(slot: u32) -> Result<String> {
+    let name = slot_name(slot);
+    virtio_device(&Path::new(DRIVER).join(&name))
+        .and_then(|device| child(&device.join("net")))
+        .ok_or_else(|| Failure::invalid(format!("{name} is no network interface")))
 }
 
 /// Directory of the virtio device below a platform device.

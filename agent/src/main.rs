@@ -3,7 +3,8 @@
 //! It mounts what a Linux user space needs, listens on vsock for the host, and
 //! turns OCI specifications into containers. The same program, run as
 //! `caisson-agent container-init`, is the short-lived process that becomes a
-//! container's first process ([`container::init`]).
+//! container's first process ([`container::init`]), and as `caisson-agent pod-init`
+//! the one that keeps a pod's PID namespace ([`container::pod_init`]).
 
 mod boot;
 mod cgroup;
@@ -11,6 +12,7 @@ mod container;
 mod device;
 mod events;
 mod failure;
+mod forward;
 mod kmsg;
 mod network;
 mod oci;
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     match arguments.next().as_deref() {
         Some(container::init::VERB) => container::init::main(arguments),
+        Some(container::pod_init::VERB) => container::pod_init::main(),
         Some("--version") => {
             println!("caisson-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -24,10 +24,11 @@ use ttrpc::r#async::{TtrpcContext, transport::Listener};
 
 use crate::{
     boot::Stages,
+    cgroup,
     container::{Created, Manager},
     device,
     failure::{During, Failure, Result},
-    oom, reaper, resources, sandbox,
+    forward, oom, reaper, resources, sandbox,
 };
 
 /// Longest that a poll for events may wait.
@@ -59,6 +60,7 @@ pub async fn serve(mut stages: Stages) -> Result<()> {
     let reaper = tokio::spawn(reaper::run(manager.clone()));
     let oom = tokio::spawn(oom::run(manager.clone()));
     let stdio = tokio::spawn(streams.serve());
+    let forward = tokio::spawn(forward::serve());
     let service = create_agent(Arc::new(Service {
         manager,
         stages,
@@ -75,6 +77,7 @@ pub async fn serve(mut stages: Stages) -> Result<()> {
         result = reaper => result,
         result = oom => result,
         result = stdio => result,
+        result = forward => result,
     };
     match ended {
         Ok(result) => result,
@@ -158,8 +161,11 @@ impl Agent for Service {
         request: BindDeviceRequest,
     ) -> Reply<BindDeviceResponse> {
         let device = device::bind(request.slot, request.expect.as_ref()).await?;
+        let (major, minor) = device::numbers(&device)?;
         Ok(BindDeviceResponse {
             device,
+            major,
+            minor,
             ..Default::default()
         })
     }
@@ -289,7 +295,7 @@ impl Agent for Service {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Reply<StatsResponse> {
         if request.container_id.is_empty() {
-            return Ok(resources::stats(std::path::Path::new("/sys/fs/cgroup")));
+            return Ok(resources::stats(&cgroup::of_containers()));
         }
         Ok(self.manager.stats(&request.container_id)?)
     }

@@ -35,7 +35,9 @@ pub fn configure(
     if request.shm_size_bytes != 0 {
         resize_shm(request.shm_size_bytes)?;
     }
-    manager.share_pid_namespace(request.shared_pid_namespace);
+    if request.shared_pid_namespace {
+        manager.keep_pid_namespace()?;
+    }
     network::configure_loopback()
 }
 
@@ -50,8 +52,17 @@ pub fn configure_network(names: &Names, request: &Network) -> Result<()> {
         .iter()
         .flat_map(|interface| &interface.addresses)
         .filter_map(|address| address.split('/').next())
+        .filter(|address| !is_of_one_link(address))
         .collect::<Vec<_>>();
     names.write_hosts(&addresses)
+}
+
+/// Whether nobody but the neighbours on the link can be reached from it (RFC 4291, section 2.5.6): no
+/// address for a name.
+fn is_of_one_link(address: &str) -> bool {
+    address
+        .parse::<std::net::Ipv6Addr>()
+        .is_ok_and(|address| address.is_unicast_link_local())
 }
 
 /// The pod's own name and the other lines of its hosts file.
@@ -140,11 +151,11 @@ fn add_entropy(seed: &[u8]) -> Result<()> {
 fn write_pod_files(names: &Names, request: &ConfigureSandboxRequest) -> Result<()> {
     names.write_hosts(&[])?;
     let mut resolver = String::new();
-    for server in &request.dns_servers {
-        resolver.push_str(&format!("nameserver {server}\n"));
-    }
     if !request.dns_searches.is_empty() {
         resolver.push_str(&format!("search {}\n", request.dns_searches.join(" ")));
+    }
+    for server in &request.dns_servers {
+        resolver.push_str(&format!("nameserver {server}\n"));
     }
     if !request.dns_options.is_empty() {
         resolver.push_str(&format!("options {}\n", request.dns_options.join(" ")));

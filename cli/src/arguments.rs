@@ -1,5 +1,8 @@
 //! The command line.
 
+mod images;
+mod network;
+
 use clap::{Arg, ArgAction, Command};
 
 /// A flag with a value. As in docker, whatever follows is its value, a dash in front or not.
@@ -111,11 +114,23 @@ fn run() -> Command {
                     "DIR[:OPTIONS]",
                     "Mount a file system in memory",
                 ),
+                value(
+                    "shm-size",
+                    None,
+                    "SIZE",
+                    "Size of /dev/shm, such as 256m [default: 64m]",
+                ),
                 list(
                     "volume",
                     Some('v'),
-                    "HOST:GUEST[:ro]",
-                    "Share a directory or file of the host",
+                    "[SOURCE:]TARGET[:ro]",
+                    "Share a path of the host, a volume, or a new volume",
+                ),
+                list(
+                    "mount",
+                    None,
+                    "KEY=VALUE,...",
+                    "The same in words: type=bind|volume|tmpfs,source=,target=,readonly",
                 ),
                 list("cap-add", None, "CAPABILITY", "Add a capability, or ALL"),
                 list("cap-drop", None, "CAPABILITY", "Drop a capability, or ALL"),
@@ -134,18 +149,47 @@ fn run() -> Command {
                     "Most processes; -1 = no limit",
                 ),
                 value(
-                    "network",
+                    "pull",
                     None,
-                    "MODE",
-                    "\"none\": the loopback interface only",
+                    "POLICY",
+                    "\"always\", \"missing\" or \"never\" pull the image [default: missing]",
                 ),
+                switch("quiet", Some('q'), "Pull without telling how far it is"),
                 Arg::new("help")
                     .long("help")
                     .help("Print help")
                     .action(ArgAction::Help),
             ])
+            .args(network::flags())
             .disable_help_flag(true),
     )
+}
+
+fn copy() -> Command {
+    Command::new("cp")
+        .about("Copy files between a running container and the host")
+        .override_usage(
+            "caisson cp [OPTIONS] CONTAINER:SOURCE TARGET|-\n       \
+             caisson cp [OPTIONS] SOURCE|- CONTAINER:TARGET",
+        )
+        .after_help(
+            "With \"-\" a tar stream is written to standard output, or read from standard input.",
+        )
+        .args([
+            switch(
+                "archive",
+                Some('a'),
+                "Keep owners, and on the host set-id bits",
+            ),
+            switch(
+                "follow-link",
+                Some('L'),
+                "Copy what SOURCE leads to when it is a symbolic link",
+            ),
+            switch("quiet", Some('q'), "Nothing: there is no progress to show"),
+            Arg::new("source").value_name("SOURCE").required(true),
+            Arg::new("target").value_name("TARGET").required(true),
+        ])
 }
 
 fn exec() -> Command {
@@ -180,6 +224,52 @@ fn exec() -> Command {
 
 /// The whole command line.
 pub fn command() -> Command {
+    containers_and_host()
+        .subcommands(images::commands())
+        .subcommand(volume())
+        .subcommands(network::commands())
+}
+
+fn volume() -> Command {
+    let volumes = || {
+        Arg::new("volume")
+            .value_name("VOLUME")
+            .required(true)
+            .num_args(1..)
+    };
+    Command::new("volume")
+        .about("Directories that outlive containers")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommands([
+            Command::new("create").about("Make a volume").args([
+                list("label", None, "KEY=VALUE", "A label"),
+                Arg::new("name").value_name("VOLUME"),
+            ]),
+            Command::new("ls")
+                .visible_alias("list")
+                .about("List volumes")
+                .args([switch("quiet", Some('q'), "Only names"), format()]),
+            Command::new("inspect")
+                .about("Tell all about volumes, as JSON")
+                .args([format(), volumes()]),
+            Command::new("rm")
+                .visible_alias("remove")
+                .about("Remove volumes that no container has")
+                .args([
+                    switch("force", Some('f'), "Be content when there is none"),
+                    volumes(),
+                ]),
+            Command::new("prune")
+                .about("Remove volumes that no container has")
+                .args([
+                    switch("all", Some('a'), "Those with names too"),
+                    switch("force", Some('f'), "Do not ask"),
+                ]),
+        ])
+}
+
+fn containers_and_host() -> Command {
     Command::new("caisson")
         .about("Runs OCI containers in microVMs")
         .version(env!("CARGO_PKG_VERSION"))
@@ -188,6 +278,7 @@ pub fn command() -> Command {
         .subcommands([
             run(),
             exec(),
+            copy(),
             Command::new("ps").about("List containers").args([
                 switch("all", Some('a'), "Those that have ended too"),
                 switch("quiet", Some('q'), "Only ids"),
@@ -243,6 +334,7 @@ pub fn command() -> Command {
                 .arg(containers()),
             Command::new("rm").about("Remove containers").args([
                 switch("force", Some('f'), "End them first if need be"),
+                switch("volumes", Some('v'), "Their volumes without a name, too"),
                 containers(),
             ]),
             Command::new("inspect")
@@ -254,33 +346,6 @@ pub fn command() -> Command {
                         .required(true)
                         .num_args(1..),
                 ]),
-            Command::new("images").about("List images").args([
-                switch("quiet", Some('q'), "Only ids"),
-                switch("no-trunc", None, "Do not shorten"),
-                format(),
-            ]),
-            Command::new("load")
-                .about("Load images from an OCI layout or an archive")
-                .args([
-                    value(
-                        "input",
-                        Some('i'),
-                        "PATH",
-                        "A directory or archive [default: standard input]",
-                    ),
-                    switch("quiet", Some('q'), "Print nothing"),
-                ]),
-            Command::new("rmi").about("Remove images").args([
-                switch(
-                    "force",
-                    Some('f'),
-                    "With all names and although containers that have ended use it",
-                ),
-                Arg::new("image")
-                    .value_name("IMAGE")
-                    .required(true)
-                    .num_args(1..),
-            ]),
             Command::new("check")
                 .about("Tell whether this host can run microVMs, and what to do if not")
                 .arg(format()),

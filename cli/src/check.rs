@@ -7,7 +7,7 @@ use caisson_sandbox::Config;
 use clap::ArgMatches;
 use serde_json::json;
 
-use crate::{Format, error::Error};
+use crate::{Format, error::Error, network};
 
 /// Time for measuring the speed of a guest.
 const SPEED: Duration = Duration::from_secs(1);
@@ -23,6 +23,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     let mut checks = report.checks.clone();
     checks.extend(host::checks());
     checks.extend(parts(&config));
+    checks.push(network::check());
     let able = checks.iter().all(|check| check.status != Status::Failed);
     if format == Format::Json {
         println!(

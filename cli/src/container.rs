@@ -6,18 +6,23 @@
 //! looks next finishes the story ([`Containers::refresh`]).
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Read},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::SystemTime,
 };
 
 use caisson_rootfs_builder::Store;
 use caisson_sandbox::Config;
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::{error::Error, options::Volume, shim};
+use crate::{
+    error::Error,
+    lock::Lock,
+    network::{self, Mode, Wanted},
+    shim,
+};
 
 /// Version of `container.json`.
 const VERSION: u32 = 1;
@@ -103,6 +108,9 @@ pub struct Request {
     pub cpu_quota: i64,
     /// -1 = no limit.
     pub pids_limit: i64,
+    /// Bytes of /dev/shm; 0 in containers of versions that did not note it: docker's 64 MiB.
+    #[serde(default)]
+    pub shm_size: u64,
     /// Root is read-only.
     pub read_only: bool,
     /// Capabilities added.
@@ -111,18 +119,61 @@ pub struct Request {
     pub cap_drop: Vec<String>,
     /// Shares: source, target, read-only.
     pub volumes: Vec<(String, String, bool)>,
+    /// Those of them that are volumes, by their target.
+    #[serde(default)]
+    pub volume_names: BTreeMap<String, VolumeName>,
     /// Image's labels.
-    pub labels: std::collections::BTreeMap<String, String>,
+    pub labels: BTreeMap<String, String>,
+    /// Networks and ports; none in containers of versions that had none.
+    #[serde(default)]
+    pub network: Wanted,
+}
+
+/// Name of a volume that a container has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeName {
+    /// The volume's.
+    pub name: String,
+    /// It was made for this container alone.
+    pub anonymous: bool,
+}
+
+/// A share, and where it is on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shared {
+    /// On the host, absolute.
+    pub source: String,
+    /// In the container, absolute.
+    pub target: String,
+    /// No writing.
+    pub read_only: bool,
+    /// It gets what the image has at the target when it is empty.
+    pub copies: bool,
+    /// The volume's, if it is one.
+    pub volume: Option<VolumeName>,
 }
 
 impl Request {
     /// Notes a share.
-    pub fn add_volume(&mut self, volume: &Volume) {
-        self.volumes.push((
-            volume.source.clone(),
-            volume.target.clone(),
-            volume.read_only,
-        ));
+    pub fn add_share(&mut self, share: &Shared) {
+        let (source, target) = (share.source.clone(), share.target.clone());
+        if let Some(name) = &share.volume {
+            self.volume_names.insert(target.clone(), name.clone());
+        }
+        self.volumes.push((source, target, share.read_only));
+    }
+
+    /// Whether one of its shares is this volume.
+    pub fn has_volume(&self, name: &str) -> bool {
+        self.volume_names.values().any(|volume| volume.name == name)
+    }
+
+    /// Volumes that were made for the container alone.
+    pub fn anonymous_volumes(&self) -> impl Iterator<Item = &str> {
+        let volumes = self.volume_names.values();
+        volumes
+            .filter(|volume| volume.anonymous)
+            .map(|volume| volume.name.as_str())
     }
 }
 
@@ -184,6 +235,14 @@ impl Container {
         }
     }
 
+    /// Id of the container in whose microVM it is, if that is not its own.
+    pub fn pod(&self) -> Option<&str> {
+        match &self.request.network.mode {
+            Mode::Container(id) => Some(id),
+            _ => None,
+        }
+    }
+
     /// First twelve digits, as docker shortens ids.
     pub fn short_id(&self) -> &str {
         self.id.get(..12).unwrap_or(&self.id)
@@ -228,15 +287,6 @@ pub struct Containers {
     directory: PathBuf,
 }
 
-/// Holds a directory's lock.
-pub struct Lock(#[expect(dead_code, reason = "held, not read")] File);
-
-fn lock(directory: &Path) -> Result<Lock, Error> {
-    let file = File::open(directory).map_err(Error::file("open", directory))?;
-    flock(&file, FlockOperation::LockExclusive).map_err(Error::file("lock", directory))?;
-    Ok(Lock(file))
-}
-
 impl Containers {
     /// Opens the store.
     ///
@@ -272,7 +322,7 @@ impl Containers {
     /// # Errors
     /// The lock cannot be taken.
     pub fn lock(&self) -> Result<Lock, Error> {
-        lock(&self.directory)
+        Lock::take(&self.directory)
     }
 
     /// Keeps others from changing a container.
@@ -280,7 +330,7 @@ impl Containers {
     /// # Errors
     /// There is none.
     pub fn lock_one(&self, id: &str) -> Result<Lock, Error> {
-        lock(&self.directory(id))
+        Lock::take(&self.directory(id))
     }
 
     /// A new id.
@@ -420,8 +470,14 @@ impl Containers {
             return Ok(container);
         }
         let bundle = self.bundle(id);
+        if container.pod().is_some() {
+            shim::end_task(&bundle, id);
+        }
         shim::end_orphan(&bundle);
         if let Err(error) = shim::delete(&self.config, (shim::NAMESPACE, id), &bundle) {
+            log::warn!("{error}");
+        }
+        if let Err(error) = network::detach(&self.config, id) {
             log::warn!("{error}");
         }
         container.state.status = Status::Exited;
@@ -453,6 +509,7 @@ impl Containers {
     /// # Errors
     /// Its directory cannot be removed.
     pub fn remove(&self, id: &str) -> Result<(), Error> {
+        network::detach(&self.config, id)?;
         self.images()?.release(id)?;
         let directory = self.directory(id);
         match fs::remove_dir_all(&directory) {
@@ -466,6 +523,8 @@ impl Containers {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn containers(directory: &Path) -> Containers {

@@ -11,6 +11,20 @@ pub enum Error {
     /// No such container.
     #[error("No such container: {0}")]
     NoSuchContainer(String),
+    /// No such volume.
+    #[error("no such volume: {0}")]
+    NoSuchVolume(String),
+    /// No such network.
+    #[error("no such network: {0}; there are those of `caisson network ls`")]
+    NoSuchNetwork(String),
+    /// netavark has failed.
+    #[error("the container's network ({verb}): netavark: {message}")]
+    Netavark {
+        /// What it was to do.
+        verb: &'static str,
+        /// Its words.
+        message: String,
+    },
     /// A prefix of several ids.
     #[error("container id {0} is ambiguous: give more of it")]
     Ambiguous(String),
@@ -38,6 +52,20 @@ pub enum Error {
     /// The image store.
     #[error(transparent)]
     Images(#[from] caisson_rootfs_builder::Error),
+    /// A registry.
+    #[error(transparent)]
+    Registry(#[from] Box<caisson_registry::Error>),
+    /// docker's configuration or a credential helper.
+    #[error(transparent)]
+    Credentials(#[from] caisson_registry::CredentialError),
+    /// An image that is neither here nor to be had.
+    #[error("no such image: {name}; and it cannot be pulled: {source}")]
+    NoImage {
+        /// As given.
+        name: String,
+        /// Why not.
+        source: Box<caisson_registry::Error>,
+    },
     /// The configuration.
     #[error(transparent)]
     Config(#[from] caisson_sandbox::ConfigError),
@@ -73,6 +101,15 @@ pub enum ShimCode {
     Gone,
     /// Anything else.
     Other,
+}
+
+impl From<caisson_registry::Error> for Error {
+    fn from(error: caisson_registry::Error) -> Self {
+        match error {
+            caisson_registry::Error::Store(error) => Self::Images(error),
+            error => Self::Registry(Box::new(error)),
+        }
+    }
 }
 
 impl Error {

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io::{self, Read, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -20,6 +20,9 @@ use crate::{
     shim::{Shim, Streams, make_fifo},
     spec, terminal,
 };
+
+/// SIGKILL.
+const KILL: u32 = 9;
 
 /// Bytes copied at a time.
 const CHUNK: usize = 32 * 1024;
@@ -52,18 +55,8 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
         )));
     }
     let process = process(&containers, &container, matches, &words)?;
-    let exec_id = Containers::new_id()?.split_off(48);
-    let directory = containers
-        .directory(&container.id)
-        .join(format!("exec-{exec_id}"));
     let result = crate::event_loop()?.block_on(async {
-        let shim = Shim::of_bundle(&containers.bundle(&container.id)).await?;
-        let exec = Exec {
-            shim,
-            id: container.id.clone(),
-            exec_id,
-            tty,
-        };
+        let exec = Exec::new(&containers, &container, tty).await?;
         if detach {
             exec.start(
                 &process,
@@ -75,12 +68,13 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             .await?;
             return Ok(0);
         }
-        exec.attached(&process, &directory, interactive).await
+        let ends = Ends {
+            stdin: interactive.then(|| Box::new(copy_stdin) as Work),
+            stdout: Box::new(|file| copy_output(file, &mut io::stdout().lock())),
+            stderr: Box::new(|file| copy_output(file, &mut io::stderr())),
+        };
+        exec.attached(&process, ends).await
     });
-    if !detach {
-        // Gone already when the container was removed meanwhile.
-        let _ = fs::remove_dir_all(&directory);
-    }
     result.map_err(|error| match error {
         Error::Shim {
             code: ShimCode::NotFound | ShimCode::PermissionDenied,
@@ -107,9 +101,8 @@ fn process(
     let text = fs::read(&path).map_err(Error::file("read", &path))?;
     let config: oci_spec::runtime::Spec = serde_json::from_slice(&text)
         .map_err(|error| Error::file("read", &path)(io::Error::other(error)))?;
-    let capabilities: Vec<String> = config
-        .process()
-        .as_ref()
+    let first = config.process().as_ref();
+    let capabilities: Vec<String> = first
         .and_then(|process| process.capabilities().as_ref()?.bounding().clone())
         .unwrap_or_default()
         .iter()
@@ -127,7 +120,11 @@ fn process(
     if let Some(user) = one(matches, "user") {
         user.clone_into(&mut request.user);
     }
-    Ok(spec::process(&request, words, &capabilities, &[]))
+    let mut process = spec::process(&request, words, &capabilities, &[]);
+    if let Some(limits) = first.and_then(|process| process.rlimits().as_ref()) {
+        process["rlimits"] = serde_json::json!(limits);
+    }
+    Ok(process)
 }
 
 /// "CAP_SYS_ADMIN", "SYS_ADMIN": without the prefix.
@@ -135,14 +132,63 @@ fn capability_name(text: &str) -> &str {
     text.strip_prefix("CAP_").unwrap_or(text)
 }
 
-struct Exec {
+/// What is done, in a thread of its own, with this side of a stream.
+pub type Work = Box<dyn FnOnce(File) + Send>;
+
+/// This side of a program's streams. With a terminal there is no stderr.
+pub struct Ends {
+    /// Writes to the program.
+    pub stdin: Option<Work>,
+    /// Reads what it writes.
+    pub stdout: Work,
+    /// Reads what it writes.
+    pub stderr: Work,
+}
+
+/// One more program in a container.
+pub struct Exec {
     shim: Shim,
     id: String,
     exec_id: String,
     tty: bool,
+    /// Of its FIFOs.
+    directory: PathBuf,
+}
+
+impl Drop for Exec {
+    fn drop(&mut self) {
+        // There was none, or it has gone with the container.
+        let _ = fs::remove_dir_all(&self.directory);
+    }
 }
 
 impl Exec {
+    /// One that is not started yet, of a running container.
+    ///
+    /// # Errors
+    /// The shim does not answer.
+    pub async fn new(
+        containers: &Containers,
+        container: &Container,
+        tty: bool,
+    ) -> Result<Self, Error> {
+        let exec_id = Containers::new_id()?.split_off(48);
+        let directory = containers.directory(&container.id);
+        Ok(Self {
+            shim: Shim::of_bundle(&containers.bundle(&container.id)).await?,
+            id: container.id.clone(),
+            directory: directory.join(format!("exec-{exec_id}")),
+            exec_id,
+            tty,
+        })
+    }
+
+    /// Kills it, if it runs.
+    pub async fn kill(&self) {
+        // It may have ended.
+        let _ = self.shim.kill(&self.id, &self.exec_id, KILL, false).await;
+    }
+
     async fn start(&self, process: &serde_json::Value, streams: &Streams) -> Result<(), Error> {
         self.shim
             .exec(&self.id, &self.exec_id, process, streams)
@@ -154,14 +200,15 @@ impl Exec {
         Ok(())
     }
 
-    async fn attached(
-        &self,
-        process: &serde_json::Value,
-        directory: &Path,
-        interactive: bool,
-    ) -> Result<u8, Error> {
+    /// Runs it to its end; its exit code.
+    ///
+    /// # Errors
+    /// It cannot be run, or the shim has gone.
+    pub async fn attached(&self, process: &serde_json::Value, ends: Ends) -> Result<u8, Error> {
+        let directory = &self.directory;
         fs::create_dir(directory).map_err(Error::file("create", directory))?;
         let fifo = |name: &str| make_fifo(directory.join(name)).map(Some);
+        let interactive = ends.stdin.is_some();
         let streams = Streams {
             terminal: self.tty,
             stdin: if interactive { fifo("stdin")? } else { None },
@@ -175,18 +222,22 @@ impl Exec {
             .transpose()?;
         let (done, mut drained) = mpsc::channel(2);
         let mut copies = 0;
-        for (file, error_stream) in outputs.into_iter().zip([false, true]) {
+        for (file, work) in outputs.into_iter().zip([ends.stdout, ends.stderr]) {
             if let Some(file) = file {
                 let done = done.clone();
                 copies += 1;
                 spawn("output", move || {
-                    copy_output(file, error_stream);
+                    // From here on the shim holds the writing end, so reading waits for data or
+                    // the end.
+                    if rustix::io::ioctl_fionbio(&file, false).is_ok() {
+                        work(file);
+                    }
                     let _ = done.blocking_send(());
                 })?;
             }
         }
-        if let Some(fifo) = streams.stdin {
-            self.feed(fifo)?;
+        if let Some((fifo, work)) = streams.stdin.zip(ends.stdin) {
+            self.feed(fifo, work)?;
         }
         let status = self.wait().await;
         let drain = async {
@@ -239,10 +290,12 @@ impl Exec {
     }
 
     /// Passes standard input on, by a thread that ends with the process.
-    fn feed(&self, fifo: PathBuf) -> Result<(), Error> {
+    fn feed(&self, fifo: PathBuf, work: Work) -> Result<(), Error> {
         let (ended, mut end) = mpsc::channel::<()>(1);
         spawn("stdin", move || {
-            copy_stdin(&fifo);
+            if let Ok(pipe) = File::options().write(true).open(fifo) {
+                work(pipe);
+            }
             let _ = ended.blocking_send(());
         })?;
         let (shim, id, exec_id, tty) = (
@@ -283,30 +336,22 @@ fn open_output(path: &Option<PathBuf>) -> Result<Option<File>, Error> {
     .map_err(|error| Error::file("open the FIFO", path)(io::Error::from(error)))
 }
 
-fn copy_output(mut file: File, error_stream: bool) {
-    // From here on the shim holds the writing end, so reading waits for data or the end.
-    if rustix::io::ioctl_fionbio(&file, false).is_err() {
-        return;
-    }
+/// Passes a program's output on until it ends or nobody wants it.
+pub fn copy_output(mut file: File, to: &mut impl Write) {
     let mut buffer = vec![0; CHUNK];
     while let Ok(length @ 1..) = file.read(&mut buffer) {
-        let bytes = &buffer[..length];
-        let written = if error_stream {
-            io::stderr().write_all(bytes)
-        } else {
-            let mut stdout = io::stdout().lock();
-            stdout.write_all(bytes).and_then(|()| stdout.flush())
-        };
-        if written.is_err() {
+        if to
+            .write_all(&buffer[..length])
+            .and_then(|()| to.flush())
+            .is_err()
+        {
             return;
         }
     }
 }
 
-fn copy_stdin(fifo: &Path) {
-    let Ok(mut pipe) = File::options().write(true).open(fifo) else {
-        return;
-    };
+/// Passes standard input on until it ends or the program does not want it.
+pub fn copy_stdin(mut pipe: File) {
     let mut buffer = vec![0; CHUNK];
     let mut stdin = io::stdin().lock();
     loop {

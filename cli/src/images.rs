@@ -1,8 +1,11 @@
-//! `images`, `load`, `rmi`.
+//! `images`, `load`, `rmi`, `tag`, and `image` with the same and more by its noun.
 
-use std::{io, path::Path};
+use std::{
+    io::{self, Write},
+    path::Path,
+};
 
-use caisson_rootfs_builder::{Digest, Reference, Source};
+use caisson_rootfs_builder::{Digest, Prune, Reference, Source};
 use clap::ArgMatches;
 use serde_json::json;
 
@@ -11,8 +14,89 @@ use crate::{
     arguments::{one, values},
     container::Containers,
     error::Error,
-    ps,
+    inspect, ps, pull, save,
 };
+
+/// Runs `image VERB`.
+///
+/// # Errors
+/// Those of the verb.
+pub fn noun(matches: &ArgMatches) -> Result<u8, Error> {
+    match matches.subcommand() {
+        Some(("ls", matches)) => list(matches),
+        Some(("load", matches)) => load(matches),
+        Some(("save", matches)) => save::run(matches),
+        Some(("rm", matches)) => remove(matches),
+        Some(("pull", matches)) => pull::run(matches),
+        Some(("tag", matches)) => tag(matches),
+        Some(("inspect", matches)) => inspect::images(matches),
+        Some(("prune", matches)) => prune(matches),
+        other => Err(Error::Usage(format!(
+            "unknown command \"image {}\"",
+            other.map_or("", |(verb, _)| verb)
+        ))),
+    }
+}
+
+/// Runs `tag`.
+///
+/// # Errors
+/// There is no such image, or the name is none.
+pub fn tag(matches: &ArgMatches) -> Result<u8, Error> {
+    let name = one(matches, "name").unwrap_or_default();
+    let reference: Reference = name.parse().map_err(caisson_rootfs_builder::Error::from)?;
+    let image = one(matches, "image").unwrap_or_default();
+    Containers::open()?.images()?.tag(image, &reference)?;
+    Ok(0)
+}
+
+/// Runs `image prune`.
+///
+/// # Errors
+/// The store cannot be changed.
+fn prune(matches: &ArgMatches) -> Result<u8, Error> {
+    let which = if matches.get_flag("all") {
+        Prune::Unused
+    } else {
+        Prune::Dangling
+    };
+    let what = match which {
+        Prune::Dangling => "all dangling images",
+        Prune::Unused => "all images without at least one container associated to them",
+    };
+    if !matches.get_flag("force") && !confirm(what)? {
+        return Ok(0);
+    }
+    let pruned = Containers::open()?.images()?.prune(which)?;
+    if !pruned.deleted.is_empty() {
+        println!("Deleted Images:");
+        for reference in &pruned.untagged {
+            println!("untagged: {}", reference.familiar());
+        }
+        for id in &pruned.deleted {
+            println!("deleted: {id}");
+        }
+        println!();
+    }
+    println!("Total reclaimed space: {}", bytes(pruned.freed));
+    Ok(0)
+}
+
+/// Asks whether `what` shall be removed.
+///
+/// # Errors
+/// Nobody can be asked.
+pub fn confirm(what: &str) -> Result<bool, Error> {
+    print!("WARNING! This will remove {what}.\nAre you sure you want to continue? [y/N] ");
+    io::stdout()
+        .flush()
+        .map_err(Error::io("write to the standard output"))?;
+    let mut answer = String::new();
+    io::stdin()
+        .read_line(&mut answer)
+        .map_err(Error::io("read the answer"))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
 
 /// Runs `load`.
 ///
@@ -109,7 +193,7 @@ pub fn list(matches: &ArgMatches) -> Result<u8, Error> {
 }
 
 /// Decimal units, as docker.
-fn bytes(size: u64) -> String {
+pub fn bytes(size: u64) -> String {
     let mut value = size as f64;
     let mut unit = "B";
     for next in ["kB", "MB", "GB", "TB"] {

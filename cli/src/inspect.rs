@@ -4,13 +4,14 @@ use std::time::SystemTime;
 
 use caisson_rootfs_builder::Image;
 use clap::ArgMatches;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{
     Format,
     arguments::values,
     container::{Container, Containers, Status},
     error::Error,
+    network::{self, Attachment, Endpoint, Mode, Port},
 };
 
 /// Runs the verb: a JSON array of what was found; names that were not are told on stderr.
@@ -44,11 +45,134 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     Ok(code)
 }
 
+/// Runs `image inspect`.
+///
+/// # Errors
+/// The store cannot be read.
+pub fn images(matches: &ArgMatches) -> Result<u8, Error> {
+    Format::of(matches)?;
+    let images = Containers::open()?.images()?;
+    let mut found = Vec::new();
+    let mut code = 0;
+    for name in values(matches, "name") {
+        match images.get(name) {
+            Ok(image) => found.push(describe_image(&image)),
+            Err(error) => {
+                eprintln!("caisson: {error}");
+                code = 1;
+            }
+        }
+    }
+    println!(
+        "{}",
+        serde_json::to_string_pretty(&found).unwrap_or_default()
+    );
+    Ok(code)
+}
+
 fn time(at: Option<SystemTime>) -> String {
     at.map_or_else(
         || "0001-01-01T00:00:00Z".to_owned(),
         |at| humantime::format_rfc3339_nanos(at).to_string(),
     )
+}
+
+/// Docker's word for `--network`.
+pub fn network_mode(container: &Container) -> String {
+    match &container.request.network.mode {
+        Mode::None => "none".to_owned(),
+        Mode::Networks(names) => names.first().cloned().unwrap_or_default(),
+        Mode::Container(id) => format!("container:{id}"),
+    }
+}
+
+/// As asked for; a port that may be any is "".
+fn port_bindings(ports: &[Port]) -> Value {
+    let mut bindings = Map::new();
+    for port in ports {
+        let binding = json!({
+            "HostIp": port.host_ip.map(|address| address.to_string()).unwrap_or_default(),
+            "HostPort": if port.host_port == 0 { String::new() } else { port.host_port.to_string() },
+        });
+        add(&mut bindings, port.inner(), binding);
+    }
+    Value::Object(bindings)
+}
+
+fn add(map: &mut Map<String, Value>, key: String, value: Value) {
+    let list = map.entry(key).or_insert_with(|| json!([]));
+    if let Some(list) = list.as_array_mut() {
+        list.push(value);
+    }
+}
+
+/// What a container has now. One that does not run has nothing.
+fn network_settings(containers: &Containers, container: &Container) -> Value {
+    let record = Attachment::read(&containers.config, &container.id);
+    let (mut ports, mut networks) = (Map::new(), Map::new());
+    if let Some(record) = &record {
+        let (v4, v6) = record.families();
+        for port in &record.ports {
+            for address in port.outer(v4, v6) {
+                let binding = json!({ "HostIp": address.ip().to_string(), "HostPort": address.port().to_string() });
+                add(&mut ports, port.inner(), binding);
+            }
+        }
+        for endpoint in &record.endpoints {
+            networks.insert(endpoint.network.clone(), describe_endpoint(endpoint));
+        }
+    }
+    let names = match &container.request.network.mode {
+        Mode::Networks(names) => names.as_slice(),
+        _ => &[],
+    };
+    for name in names {
+        // Those of one that has ended are told without addresses.
+        networks.entry(name.clone()).or_insert_with(|| json!({}));
+    }
+    let mut settings = json!({ "Ports": ports });
+    if let Some(first) = record.iter().flat_map(|record| &record.endpoints).next() {
+        // Docker's older form: the first network's.
+        let of = describe_endpoint(first);
+        for key in ["IPAddress", "IPPrefixLen", "Gateway", "MacAddress"] {
+            settings[key] = of[key].clone();
+        }
+        settings["SandboxKey"] = json!(network::namespace_of(&containers.config, &container.id));
+    }
+    settings["Networks"] = Value::Object(networks);
+    settings
+}
+
+fn describe_endpoint(endpoint: &Endpoint) -> Value {
+    let of = |six: bool| {
+        let found = endpoint
+            .addresses
+            .iter()
+            .zip(&endpoint.gateways)
+            .find(|(net, _)| net.addr().is_ipv6() == six);
+        found.map_or_else(
+            || (String::new(), 0, String::new()),
+            |(net, gateway)| {
+                (
+                    net.addr().to_string(),
+                    net.prefix_len(),
+                    gateway.to_string(),
+                )
+            },
+        )
+    };
+    let ((address, prefix, gateway), (address6, prefix6, gateway6)) = (of(false), of(true));
+    json!({
+        "NetworkID": endpoint.network_id,
+        "Aliases": endpoint.aliases,
+        "MacAddress": endpoint.mac,
+        "IPAddress": address,
+        "IPPrefixLen": prefix,
+        "Gateway": gateway,
+        "GlobalIPv6Address": address6,
+        "GlobalIPv6PrefixLen": prefix6,
+        "IPv6Gateway": gateway6,
+    })
 }
 
 fn describe(containers: &Containers, container: &Container) -> Value {
@@ -64,15 +188,26 @@ fn describe(containers: &Containers, container: &Container) -> Value {
     let binds: Vec<String> = request
         .volumes
         .iter()
-        .map(|(source, target, read_only)| {
-            format!("{source}:{target}{}", if *read_only { ":ro" } else { "" })
+        .filter_map(|(source, target, read_only)| {
+            let source = match request.volume_names.get(target) {
+                Some(volume) if volume.anonymous => return None,
+                Some(volume) => &volume.name,
+                None => source,
+            };
+            let mode = if *read_only { ":ro" } else { "" };
+            Some(format!("{source}:{target}{mode}"))
         })
         .collect();
     let mounts: Vec<Value> = request
         .volumes
         .iter()
-        .map(|(source, target, read_only)| {
-            json!({ "Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": !read_only, "Propagation": "rprivate" })
+        .map(|(source, target, read_only)| match request.volume_names.get(target) {
+            Some(volume) => {
+                json!({ "Type": "volume", "Name": volume.name, "Driver": "local", "Source": source, "Destination": target, "Mode": "", "RW": !read_only, "Propagation": "" })
+            }
+            None => {
+                json!({ "Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": !read_only, "Propagation": "rprivate" })
+            }
         })
         .collect();
     json!({
@@ -101,15 +236,22 @@ fn describe(containers: &Containers, container: &Container) -> Value {
         "HostConfig": {
             "Runtime": "caisson",
             "AutoRemove": container.auto_remove,
-            "NetworkMode": "none",
+            "NetworkMode": network_mode(container),
+            "PortBindings": port_bindings(&request.network.ports),
+            "Dns": list(&request.network.dns.iter().map(ToString::to_string).collect::<Vec<_>>()),
+            "DnsSearch": list(&request.network.dns_searches),
+            "DnsOptions": list(&request.network.dns_options),
+            "ExtraHosts": list(&request.network.hosts.iter().map(|(name, place)| format!("{name}:{place}")).collect::<Vec<_>>()),
             "Binds": list(&binds),
             "CapAdd": list(&request.cap_add),
             "CapDrop": list(&request.cap_drop),
             "ReadonlyRootfs": request.read_only,
             "Memory": request.memory,
+            "ShmSize": if request.shm_size == 0 { crate::spec::SHM_BYTES } else { request.shm_size },
             "NanoCpus": request.cpu_quota * 10_000,
             "PidsLimit": if request.pids_limit == 0 { Value::Null } else { json!(request.pids_limit) },
         },
+        "NetworkSettings": network_settings(containers, container),
         "Mounts": mounts,
         "Config": {
             "Hostname": request.hostname,
@@ -136,6 +278,7 @@ fn describe_image(image: &Image) -> Value {
     json!({
         "Id": image.id.to_string(),
         "RepoTags": image.references.iter().map(|reference| reference.familiar()).collect::<Vec<_>>(),
+        "RepoDigests": image.digests.iter().map(|reference| reference.familiar()).collect::<Vec<_>>(),
         "Architecture": image.config.architecture().to_string(),
         "Os": image.config.os().to_string(),
         "Created": image.config.created(),

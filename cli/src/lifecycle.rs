@@ -15,6 +15,7 @@ use crate::{
     error::{Error, ShimCode},
     options,
     shim::Shim,
+    volumes,
 };
 
 /// SIGKILL.
@@ -235,7 +236,11 @@ pub fn remove(matches: &ArgMatches) -> Result<u8, Error> {
             // Its monitor may still be at its last steps.
             wait_for_monitor(containers, &container.id, Instant::now() + scaled(END));
         }
-        containers.remove(&container.id)
+        if matches.get_flag("volumes") {
+            volumes::remove_container(containers, &container)
+        } else {
+            containers.remove(&container.id)
+        }
     })
 }
 

@@ -6,25 +6,33 @@ mod attach;
 mod check;
 mod config;
 mod container;
+mod copy;
 mod error;
 mod exec;
 mod images;
 mod inspect;
 mod lifecycle;
+mod lock;
 mod log_file;
+mod login;
 mod logs;
 mod metrics;
 mod monitor;
+mod mounts;
+mod network;
 mod oci;
 mod options;
 mod ps;
+mod pull;
 mod run;
 mod sandboxes;
+mod save;
 mod seccomp;
 mod shim;
 mod spec;
 mod terminal;
 mod version;
+mod volumes;
 
 use std::process::ExitCode;
 
@@ -64,6 +72,7 @@ fn dispatch(verb: &str, matches: &clap::ArgMatches) -> Result<u8, Error> {
         "run" => run::run(matches),
         "monitor" => monitor::run(matches),
         "exec" => exec::run(matches),
+        "cp" => copy::run(matches),
         "ps" => ps::run(matches),
         "metrics" => metrics::run(matches),
         "logs" => logs::run(matches),
@@ -75,6 +84,15 @@ fn dispatch(verb: &str, matches: &clap::ArgMatches) -> Result<u8, Error> {
         "images" => images::list(matches),
         "load" => images::load(matches),
         "rmi" => images::remove(matches),
+        "save" => save::run(matches),
+        "tag" => images::tag(matches),
+        "image" => images::noun(matches),
+        "pull" => pull::run(matches),
+        "login" => login::log_in(matches),
+        "logout" => login::log_out(matches),
+        "volume" => volumes::noun(matches),
+        "network" => network::noun(matches),
+        "port" => network::port(matches),
         "check" => check::run(matches),
         "config" => config::run(matches),
         "version" => version::run(matches),

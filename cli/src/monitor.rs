@@ -29,7 +29,9 @@ use crate::{
     container::{Container, Containers, Status, own_identity},
     error::Error,
     log_file::{Stream, Writer},
+    network::{self, Reserved},
     shim::{self, Shim, Streams},
+    volumes,
 };
 
 /// 128 + SIGKILL: the machine or the shim went, and the container with it.
@@ -87,6 +89,7 @@ async fn supervise(
     let running = match started {
         Ok(running) => running,
         Err(error) => {
+            leave_networks(&containers, &id).await;
             let news = failed(&containers, &container, &error)?;
             tell(&control, &news);
             return Ok(());
@@ -143,8 +146,12 @@ struct Running {
     stdout: Option<pipe::Receiver>,
     stderr: Option<pipe::Receiver>,
     pid: u32,
+    /// Its ports of the host.
+    ports: Option<Reserved>,
 }
 
+/// Starts a container. Its interfaces come while its microVM boots: the shim takes over whatever
+/// there is when the program starts. After an error they are for the caller to take away.
 async fn start(containers: &Containers, container: &Container) -> Result<Running, Error> {
     let bundle = containers.bundle(&container.id);
     let fifo = |name: &str| shim::make_fifo(bundle.join(name)).map(Some);
@@ -168,30 +175,84 @@ async fn start(containers: &Containers, container: &Container) -> Result<Running
         opened.transpose()
     };
     let (stdout, stderr) = (open(&streams.stdout)?, open(&streams.stderr)?);
-    let shim = shim::start(
-        &containers.config,
-        (shim::NAMESPACE, &container.id),
-        &bundle,
-        false,
-    )
-    .await?;
-    let created = async {
-        shim.create(&container.id, &bundle, &container.layers, &streams)
-            .await?;
+    let prepared = network::prepare(containers, container)?;
+    let (attachment, ports) = prepared.unzip();
+    let connecting = attachment.map(|attachment| {
+        let config = containers.config.clone();
+        tokio::task::spawn_blocking(move || network::connect(&config, &attachment))
+    });
+    let created = create(containers, container, &streams).await;
+    // Whatever became of the microVM: nobody may still be at work on what is then taken away.
+    let connected = match connecting {
+        Some(connecting) => connecting
+            .await
+            .unwrap_or_else(|error| Err(Error::io("connect the container")(error))),
+        None => Ok(()),
+    };
+    let shim = created?;
+    let started = async {
+        connected?;
         shim.start(&container.id, "").await
     };
-    match created.await {
+    match started.await {
         Ok(pid) => Ok(Running {
             shim,
             streams,
             stdout,
             stderr,
             pid,
+            ports,
         }),
         Err(error) => {
-            end_shim(containers, &shim, &container.id, &bundle).await;
+            end(containers, &shim, container).await;
             Err(error)
         }
+    }
+}
+
+/// Creates the task: in a microVM of its own, or in that of another container.
+async fn create(
+    containers: &Containers,
+    container: &Container,
+    streams: &Streams,
+) -> Result<Shim, Error> {
+    let (id, bundle) = (&container.id, containers.bundle(&container.id));
+    let shim = match container.pod() {
+        Some(owner) => Shim::join(&bundle, &containers.bundle(owner)).await?,
+        None => shim::start(&containers.config, (shim::NAMESPACE, id), &bundle, false).await?,
+    };
+    match shim.create(id, &bundle, &container.layers, streams).await {
+        Ok(_) => Ok(shim),
+        Err(error) => {
+            end(containers, &shim, container).await;
+            Err(error)
+        }
+    }
+}
+
+/// Ends a container, and its microVM if it is its own.
+async fn end(containers: &Containers, shim: &Shim, container: &Container) {
+    if container.pod().is_some() {
+        shim.end_task(&container.id).await;
+    } else {
+        end_shim(
+            containers,
+            shim,
+            &container.id,
+            &containers.bundle(&container.id),
+        )
+        .await;
+    }
+}
+
+/// Takes away what the container has of its networks.
+async fn leave_networks(containers: &Containers, id: &str) {
+    let (config, id) = (containers.config.clone(), id.to_owned());
+    let detached = tokio::task::spawn_blocking(move || network::detach(&config, &id));
+    match detached.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => log::error!("{error}"),
+        Err(error) => log::error!("the container's network: {error}"),
     }
 }
 
@@ -225,7 +286,7 @@ pub async fn gone(bundle: &Path) -> bool {
 fn failed(containers: &Containers, container: &Container, error: &Error) -> Result<News, Error> {
     let (code, message) = (error.run_code(), error.to_string());
     if container.auto_remove {
-        containers.remove(&container.id)?;
+        volumes::remove_container(containers, container)?;
     } else {
         containers.change(&container.id, |container| {
             container.state.exit_code = code.into();
@@ -313,8 +374,12 @@ async fn follow(
         // Refused only when it is gone, which is what is wanted.
         let _ = running.shim.delete(id, "").await;
     }
-    end_shim(containers, &running.shim, id, &bundle).await;
-    // The shim has gone, so the FIFOs end.
+    if container.pod().is_none() {
+        end_shim(containers, &running.shim, id, &bundle).await;
+    }
+    leave_networks(containers, id).await;
+    drop(running.ports);
+    // The shim has gone or let go of them, so the FIFOs end.
     let drain = async { while outputs.join_next().await.is_some() {} };
     tokio::select! {
         () = drain => {}
@@ -333,7 +398,7 @@ async fn follow(
         container.state.finished_at = Some(SystemTime::now());
     })?;
     if container.auto_remove {
-        containers.remove(id)?;
+        volumes::remove_container(containers, container)?;
     }
     Ok((code, message))
 }

@@ -35,6 +35,17 @@ pub fn size(flag: &str, text: &str) -> Result<u64, Error> {
     }
 }
 
+/// Bytes of --shm-size.
+///
+/// # Errors
+/// Not a size; none at all, which would mean one without limit to the kernel.
+pub fn shm_size(text: &str) -> Result<u64, Error> {
+    match size("--shm-size", text)? {
+        0 => usage(format!("--shm-size {text}: it must be more than nothing")),
+        bytes => Ok(bytes),
+    }
+}
+
 /// CPU quota in microseconds per 100 ms.
 ///
 /// # Errors
@@ -79,88 +90,6 @@ pub fn variable(text: &str) -> Result<Option<String>, Error> {
     Ok(std::env::var(name)
         .ok()
         .map(|value| format!("{name}={value}")))
-}
-
-/// A share of a host directory or file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Volume {
-    /// On the host, absolute.
-    pub source: String,
-    /// In the container, absolute.
-    pub target: String,
-    /// No writing.
-    pub read_only: bool,
-}
-
-/// "HOST:GUEST[:ro|rw]".
-///
-/// # Errors
-/// Named volumes, relative paths, unknown options.
-pub fn volume(text: &str) -> Result<Volume, Error> {
-    let parts: Vec<&str> = text.split(':').collect();
-    let (source, target, options) = match parts.as_slice() {
-        [source, target] => (*source, *target, ""),
-        [source, target, options] => (*source, *target, *options),
-        _ => return usage(format!("-v {text}: expected HOST:GUEST or HOST:GUEST:ro")),
-    };
-    let source = match source {
-        path if path.starts_with('/') => path.to_owned(),
-        path if path == "." || path.starts_with("./") || path.starts_with("../") => {
-            match std::path::absolute(path) {
-                Ok(path) => path.to_string_lossy().into_owned(),
-                Err(error) => return usage(format!("-v {text}: {error}")),
-            }
-        }
-        name => {
-            return usage(format!(
-                "-v {text}: \"{name}\" is no path; volumes by name are not supported, give an absolute path or one with ./"
-            ));
-        }
-    };
-    if !target.starts_with('/') || target == "/" {
-        return usage(format!(
-            "-v {text}: \"{target}\" must be an absolute path in the container, not /"
-        ));
-    }
-    let mut read_only = false;
-    for option in options.split(',').filter(|option| !option.is_empty()) {
-        match option {
-            "ro" => read_only = true,
-            "rw" => read_only = false,
-            other => {
-                return usage(format!(
-                    "-v {text}: the option \"{other}\" is not supported; there are ro and rw"
-                ));
-            }
-        }
-    }
-    Ok(Volume {
-        source,
-        target: target.to_owned(),
-        read_only,
-    })
-}
-
-/// "DIR[:OPTIONS]" of --tmpfs: target and mount options.
-///
-/// # Errors
-/// A relative path.
-pub fn tmpfs(text: &str) -> Result<(String, Vec<String>), Error> {
-    let (target, options) = text.split_once(':').unwrap_or((text, ""));
-    if !target.starts_with('/') || target == "/" {
-        return usage(format!(
-            "--tmpfs {text}: \"{target}\" must be an absolute path in the container, not /"
-        ));
-    }
-    // Docker's defaults, which given ones override.
-    let mut all: Vec<String> = ["noexec", "nosuid", "nodev"].map(str::to_owned).to_vec();
-    all.extend(
-        options
-            .split(',')
-            .filter(|option| !option.is_empty())
-            .map(str::to_owned),
-    );
-    Ok((target.to_owned(), all))
 }
 
 /// A resource limit.
@@ -332,15 +261,10 @@ mod tests {
     }
 
     #[test]
-    fn volumes() {
-        let one = volume("/a:/b:ro").unwrap();
-        assert_eq!(
-            (one.source.as_str(), one.target.as_str(), one.read_only),
-            ("/a", "/b", true)
-        );
-        assert!(volume("./x:/b").unwrap().source.starts_with('/'));
-        for wrong in ["name:/b", "/a", "/a:b", "/a:/b:z", "/a:/", "/a:/b:ro:x"] {
-            assert!(volume(wrong).is_err(), "{wrong}");
+    fn shared_memory_has_a_size() {
+        assert_eq!(shm_size("1g").unwrap(), 1 << 30);
+        for wrong in ["0", "-1", "much"] {
+            assert!(shm_size(wrong).is_err(), "{wrong}");
         }
     }
 

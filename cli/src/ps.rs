@@ -9,6 +9,8 @@ use crate::{
     Format,
     container::{Container, Containers, Status},
     error::Error,
+    inspect::network_mode,
+    network::{Attachment, Mode},
     sandboxes,
 };
 
@@ -26,7 +28,8 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
         matches.get_flag("quiet"),
         matches.get_flag("no-trunc"),
     );
-    let mut containers = Containers::open()?.all()?;
+    let store = Containers::open()?;
+    let mut containers = store.all()?;
     containers.retain(|container| all || container.state.status == Status::Running);
     if quiet {
         for container in &containers {
@@ -46,8 +49,9 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
                     "State": container.state.status.word(),
                     "Status": status(container),
                     "Names": container.name,
-                    "Mounts": container.request.volumes.iter().map(|(source, ..)| source.as_str()).collect::<Vec<_>>().join(","),
-                    "Networks": "none",
+                    "Mounts": mounts(container),
+                    "Networks": networks(container),
+                    "Ports": ports(&store, container),
                 })
             );
         }
@@ -60,6 +64,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             "COMMAND",
             "CREATED",
             "STATUS",
+            "PORTS",
             "NAMES",
         ]
         .map(str::to_owned),
@@ -77,6 +82,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             format!("\"{command}\""),
             format!("{} ago", duration(since(container.created))),
             status(container),
+            ports(&store, container),
             container.name.clone(),
         ]);
     }
@@ -163,6 +169,37 @@ pub fn print_table<const N: usize>(rows: &[[String; N]]) {
             .collect();
         println!("{}", cells.join("   ").trim_end());
     }
+}
+
+/// Names of volumes and paths of other shares.
+fn mounts(container: &Container) -> String {
+    let request = &container.request;
+    let names = request.volumes.iter().map(|(source, target, _)| {
+        let volume = request.volume_names.get(target);
+        volume.map_or(source.as_str(), |volume| volume.name.as_str())
+    });
+    names.collect::<Vec<_>>().join(",")
+}
+
+/// Names of networks, or where else the container's network is.
+fn networks(container: &Container) -> String {
+    match &container.request.network.mode {
+        Mode::Networks(names) => names.join(","),
+        _ => network_mode(container),
+    }
+}
+
+/// "0.0.0.0:8080->80/tcp".
+fn ports(containers: &Containers, container: &Container) -> String {
+    let Some(record) = Attachment::read(&containers.config, &container.id) else {
+        return String::new();
+    };
+    let (v4, v6) = record.families();
+    let words = record.ports.iter().flat_map(|port| {
+        let outer = port.outer(v4, v6).into_iter();
+        outer.map(|address| format!("{address}->{}", port.inner()))
+    });
+    words.collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -16,9 +16,14 @@ use clap::ArgMatches;
 use crate::{
     arguments::{one, rest, values},
     attach::{Client, Signals},
-    container::{Container, Containers, Request},
+    container::{Container, Containers, Request, Status},
     error::Error,
-    options, spec, terminal,
+    mounts::{self, Mount, Share, Tmpfs},
+    network::{self, Mode, Wanted},
+    options,
+    pull::{self, Policy},
+    spec, terminal,
+    volumes::{self, Volumes},
 };
 
 /// SIGTERM.
@@ -38,38 +43,47 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     if !detach {
         terminal::require(tty, interactive)?;
     }
-    let extra = extra(matches)?;
-    let network = one(matches, "network").unwrap_or("none");
-    if network != "none" {
-        return Err(Error::Usage(format!(
-            "--network {network}: not supported yet; there is \"none\", the loopback interface only"
-        )));
-    }
+    let (mut extra, shares) = extra(matches)?;
+    let network = Wanted::of(matches)?;
     let add = values(matches, "cap-add");
     let drop = values(matches, "cap-drop");
     let capabilities = spec::capabilities(&add, &drop)?;
+    let policy = Policy::of(one(matches, "pull"))?;
     let mut request = request_of(matches)?;
     request.cap_add = add.iter().map(|name| (*name).to_owned()).collect();
     request.cap_drop = drop.iter().map(|name| (*name).to_owned()).collect();
-    for volume in &extra.volumes {
-        request.add_volume(volume);
-    }
+    request.shm_size = extra.shm_size.unwrap_or(spec::SHM_BYTES);
 
     let containers = Containers::open()?;
+    request.network = network;
+    join_pod(&containers, &mut request)?;
+    for share in shares {
+        let share = volumes::place(&Volumes::of(&containers.config), share)?;
+        request.add_share(&share);
+        extra.shares.push(share);
+    }
     check_limits(&containers, &request)?;
-    let image = containers.images()?.get(&image_name)?;
+    let image = pull::image(&containers, &image_name, policy, matches.get_flag("quiet"))?;
     apply_image(&mut request, &image, matches, words)?;
-    for volume in &extra.volumes {
+    publish_all(&mut request, &image, matches)?;
+    let networks = network::networks_of(&containers.config, &request.network)?;
+    let paths = extra.shares.iter().filter(|share| share.volume.is_none());
+    for share in paths {
         // As docker: a directory that is not there is made.
-        if !Path::new(&volume.source).exists() {
-            fs::create_dir_all(&volume.source)
-                .map_err(Error::file("create the shared directory", &volume.source))?;
+        if !Path::new(&share.source).exists() {
+            fs::create_dir_all(&share.source)
+                .map_err(Error::file("create the shared directory", &share.source))?;
         }
     }
     let id = Containers::new_id()?;
     if request.hostname.is_empty() {
         request.hostname = id.get(..12).unwrap_or(&id).to_owned();
     }
+    extra.network = spec::Network {
+        namespace: (!networks.is_empty()).then(|| network::namespace_of(&containers.config, &id)),
+        resolver: network::resolver_of(&request.network, &networks),
+        hosts: network::host_lines(&request.network, &networks)?,
+    };
     request.env = spec::environment(&image.config, &request.env, &request.hostname, tty);
     let config = spec::container(&request, &capabilities, &extra);
     let mut container = Container::new(
@@ -85,7 +99,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     create(&containers, &mut container, one(matches, "name"), &config)?;
 
     let client = start_monitor(&containers, &container.id).inspect_err(|_| {
-        let _ = containers.remove(&container.id);
+        let _ = volumes::remove_container(&containers, &container);
     })?;
     client.pass(signals)?;
     client
@@ -102,25 +116,61 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
 fn clean_up(containers: &Containers, container: &Container) {
     let left = containers.find(&container.id);
     if left.is_ok_and(|left| container.auto_remove && !left.is_monitored()) {
-        let _ = containers.remove(&container.id);
+        let _ = volumes::remove_container(containers, container);
     }
 }
 
-fn extra(matches: &ArgMatches) -> Result<spec::Extra, Error> {
-    Ok(spec::Extra {
-        tmpfs: values(matches, "tmpfs")
-            .into_iter()
-            .map(options::tmpfs)
-            .collect::<Result<_, _>>()?,
-        volumes: values(matches, "volume")
-            .into_iter()
-            .map(options::volume)
-            .collect::<Result<_, _>>()?,
+/// The specification's other parts, and shares that have no place on the host yet.
+fn extra(matches: &ArgMatches) -> Result<(spec::Extra, Vec<Share>), Error> {
+    let mut tmpfs = values(matches, "tmpfs")
+        .into_iter()
+        .map(mounts::tmpfs)
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut shares = values(matches, "volume")
+        .into_iter()
+        .map(mounts::volume)
+        .collect::<Result<Vec<_>, _>>()?;
+    for text in values(matches, "mount") {
+        match mounts::mount(text)? {
+            Mount::Share(share) => shares.push(share),
+            Mount::Tmpfs(one) => tmpfs.push(one),
+        }
+    }
+    check_mounts(&tmpfs, &shares)?;
+    let extra = spec::Extra {
+        tmpfs,
+        shares: Vec::new(),
         ulimits: values(matches, "ulimit")
             .into_iter()
             .map(options::ulimit)
             .collect::<Result<_, _>>()?,
-    })
+        shm_size: one(matches, "shm-size")
+            .map(options::shm_size)
+            .transpose()?,
+        network: spec::Network::default(),
+    };
+    let on_shm = |share: &Share| Path::new(&share.target) == Path::new("/dev/shm");
+    if extra.shm_size.is_some() && (extra.mounts_on("/dev/shm") || shares.iter().any(on_shm)) {
+        return Err(Error::Usage(
+            "--shm-size: a --tmpfs or -v has its own /dev/shm; give only one of them".to_owned(),
+        ));
+    }
+    Ok((extra, shares))
+}
+
+/// One mount for a target, and from what is there.
+fn check_mounts(tmpfs: &[Tmpfs], shares: &[Share]) -> Result<(), Error> {
+    let targets = tmpfs
+        .iter()
+        .map(|(target, _)| target)
+        .chain(shares.iter().map(|share| &share.target));
+    let mut seen = std::collections::HashSet::new();
+    for target in targets {
+        if !seen.insert(Path::new(target)) {
+            return Err(Error::Usage(format!("Duplicate mount point: {target}")));
+        }
+    }
+    shares.iter().try_for_each(|share| share.source.check())
 }
 
 /// What the flags alone say.
@@ -156,6 +206,42 @@ fn request_of(matches: &ArgMatches) -> Result<Request, Error> {
         request.pids_limit = options::pids(text)?;
     }
     Ok(request)
+}
+
+/// Finds the container of `--network container:…`, whose microVM and names are then this one's too.
+fn join_pod(containers: &Containers, request: &mut Request) -> Result<(), Error> {
+    let Mode::Container(name) = &request.network.mode else {
+        return Ok(());
+    };
+    let other = containers.find(name)?;
+    let owner = match other.pod() {
+        Some(owner) => containers.find(owner)?,
+        None => other,
+    };
+    if owner.state.status != Status::Running {
+        return Err(Error::State(format!(
+            "--network container:{name}: container {} is not running",
+            owner.name
+        )));
+    }
+    request.hostname.clone_from(&owner.request.hostname);
+    request.network.mode = Mode::Container(owner.id);
+    Ok(())
+}
+
+/// -P: the ports that the image or `--expose` names.
+fn publish_all(request: &mut Request, image: &Image, matches: &ArgMatches) -> Result<(), Error> {
+    let given = values(matches, "expose");
+    let flags = network::exposed(given.iter().copied())?;
+    if !matches.get_flag("publish-all") {
+        return Ok(());
+    }
+    let config = image.config.config().clone().unwrap_or_default();
+    let of_image = config.exposed_ports().clone().unwrap_or_default();
+    let mut all = network::exposed(of_image.iter().map(String::as_str))?;
+    all.extend(flags);
+    network::publish_exposed(&mut request.network.ports, &all);
+    network::check_number(&request.network.ports)
 }
 
 /// Docker's least memory limit.
@@ -285,9 +371,10 @@ fn create(
         }
         None => free_name(&container.id, &others),
     };
-    let made = write(containers, container, config);
+    let made = volumes::make(containers, &container.request)
+        .and_then(|()| write(containers, container, config));
     if made.is_err() {
-        let _ = containers.remove(&container.id);
+        let _ = volumes::remove_container_locked(containers, container);
     }
     made
 }

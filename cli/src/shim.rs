@@ -31,6 +31,9 @@ pub const NAMESPACE: &str = "caisson";
 /// Longest that an ordinary call may take; the shim has its own, shorter limits.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Longest that a killed container may take to end.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
 fn program(config: &Config) -> PathBuf {
     // <prefix>/bin, beside this program; the VMM's place names the prefix when it is configured.
     let own = std::env::current_exe().ok();
@@ -129,6 +132,21 @@ pub fn end_orphan(bundle: &Path) {
     signal(rustix::process::Signal::KILL);
 }
 
+/// Ends a task that has lost its monitor, in a shim that serves others too.
+pub fn end_task(bundle: &Path, id: &str) {
+    let end = || -> Result<(), Error> {
+        crate::event_loop()?.block_on(async {
+            let shim = Shim::of_bundle(bundle).await?;
+            shim.end_task(id).await;
+            Ok(())
+        })
+    };
+    // A thread of its own, as the caller may be part of an event loop.
+    std::thread::scope(|scope| {
+        let _ = scope.spawn(end).join();
+    });
+}
+
 /// A connection to a shim.
 #[derive(Clone)]
 pub struct Shim {
@@ -206,6 +224,25 @@ impl Shim {
             message: format!("the container has no shim ({}: {error})", path.display()),
         })?;
         Self::connect(address.trim()).await
+    }
+
+    /// Connects a bundle to the shim of another one's microVM.
+    ///
+    /// # Errors
+    /// Nobody is there any more.
+    pub async fn join(bundle: &Path, other: &Path) -> Result<Self, Error> {
+        let shim = Self::of_bundle(other).await?;
+        let (from, to) = (other.join("address"), bundle.join("address"));
+        fs::copy(&from, &to).map_err(Error::file("write", to))?;
+        Ok(shim)
+    }
+
+    /// Ends a container and forgets it; others of its microVM stay.
+    pub async fn end_task(&self, id: &str) {
+        // Refused only when it has ended, which is what is wanted.
+        let _ = self.kill(id, "", 9, true).await;
+        let _ = tokio::time::timeout(scaled(END_LIMIT), self.wait(id, "")).await;
+        let _ = self.delete(id, "").await;
     }
 
     /// Creates the task.

@@ -1,14 +1,16 @@
 //! The OCI specification of a container, with docker's defaults.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use caisson_rootfs_builder::ImageConfiguration;
+use caisson_sandbox::CAPABILITIES as ALL_CAPABILITIES;
 use serde_json::{Value, json};
 
 use crate::{
-    container::Request,
+    container::{Request, Shared},
     error::Error,
-    options::{Ulimit, Volume},
+    network::{Mode, Resolver},
+    options::Ulimit,
     seccomp,
 };
 
@@ -28,51 +30,6 @@ const CAPABILITIES: [&str; 14] = [
     "SYS_CHROOT",
     "KILL",
     "AUDIT_WRITE",
-];
-
-/// Every capability of Linux 6.12, in the order of their numbers.
-pub const ALL_CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
 ];
 
 const MASKED: [&str; 10] = [
@@ -103,10 +60,40 @@ const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 pub struct Extra {
     /// --tmpfs: target and options.
     pub tmpfs: Vec<(String, Vec<String>)>,
-    /// -v.
-    pub volumes: Vec<Volume>,
+    /// -v, --mount: where they are on the host.
+    pub shares: Vec<Shared>,
     /// --ulimit.
     pub ulimits: Vec<Ulimit>,
+    /// --shm-size: bytes of /dev/shm; `None` = [`SHM_BYTES`].
+    pub shm_size: Option<u64>,
+    /// Its networks.
+    pub network: Network,
+}
+
+/// What a container's microVM finds of its networks.
+#[derive(Debug, Default)]
+pub struct Network {
+    /// Where its interfaces are; `None` = it has none.
+    pub namespace: Option<PathBuf>,
+    /// Its resolv.conf.
+    pub resolver: Resolver,
+    /// Lines of its /etc/hosts beside its own.
+    pub hosts: Vec<String>,
+}
+
+/// Docker's size of /dev/shm.
+pub const SHM_BYTES: u64 = 64 << 20;
+
+impl Extra {
+    /// A --tmpfs or -v has this target.
+    pub fn mounts_on(&self, target: &str) -> bool {
+        let volumes = self.shares.iter().map(|share| &share.target);
+        self.tmpfs
+            .iter()
+            .map(|(other, _)| other)
+            .chain(volumes)
+            .any(|other| Path::new(other) == Path::new(target))
+    }
 }
 
 /// Docker's capabilities, less those dropped, and those added, as "CAP_…".
@@ -220,9 +207,13 @@ pub fn container(request: &Request, capabilities: &[String], extra: &Extra) -> V
     if request.pids_limit != 0 {
         resources["pids"] = json!({ "limit": request.pids_limit });
     }
-    let mut annotations = serde_json::Map::new();
+    let mut annotations = network_annotations(request, &extra.network);
     if !request.user.is_empty() {
         annotations.insert("caisson.user".to_owned(), json!(request.user));
+    }
+    let mut network = json!({ "type": "network" });
+    if let Some(path) = &extra.network.namespace {
+        network["path"] = json!(path);
     }
     json!({
         "ociVersion": "1.2.0",
@@ -234,7 +225,7 @@ pub fn container(request: &Request, capabilities: &[String], extra: &Extra) -> V
         "linux": {
             "resources": resources,
             "namespaces": [
-                { "type": "network" },
+                network,
                 { "type": "pid" }, { "type": "ipc" }, { "type": "uts" }, { "type": "mount" }, { "type": "cgroup" },
             ],
             "seccomp": seccomp::profile(capabilities),
@@ -244,7 +235,35 @@ pub fn container(request: &Request, capabilities: &[String], extra: &Extra) -> V
     })
 }
 
+/// What the shim is to tell the guest, and whose microVM it is.
+fn network_annotations(request: &Request, network: &Network) -> serde_json::Map<String, Value> {
+    let Resolver {
+        servers,
+        searches,
+        options,
+    } = &network.resolver;
+    let servers: Vec<String> = servers.iter().map(ToString::to_string).collect();
+    let mut annotations = serde_json::Map::new();
+    for (name, value) in [
+        ("caisson.dns.servers", servers.join(" ")),
+        ("caisson.dns.searches", searches.join(" ")),
+        ("caisson.dns.options", options.join(" ")),
+        ("caisson.hosts", network.hosts.join("\n")),
+    ] {
+        if !value.is_empty() {
+            annotations.insert(name.to_owned(), json!(value));
+        }
+    }
+    if let Mode::Container(id) = &request.network.mode {
+        for (name, value) in [("container-type", "container"), ("sandbox-id", id)] {
+            annotations.insert(format!("io.kubernetes.cri.{name}"), json!(value));
+        }
+    }
+    annotations
+}
+
 fn mounts(extra: &Extra) -> Vec<Value> {
+    let shm_size = format!("size={}", extra.shm_size.unwrap_or(SHM_BYTES));
     let fixed = [
         ("/proc", "proc", vec!["nosuid", "noexec", "nodev"]),
         (
@@ -274,22 +293,12 @@ fn mounts(extra: &Extra) -> Vec<Value> {
         (
             "/dev/shm",
             "tmpfs",
-            vec!["nosuid", "noexec", "nodev", "mode=1777", "size=67108864"],
+            vec!["nosuid", "noexec", "nodev", "mode=1777", &shm_size],
         ),
     ];
-    let taken = |target: &str| {
-        extra
-            .tmpfs
-            .iter()
-            .any(|(other, _)| Path::new(other) == Path::new(target))
-            || extra
-                .volumes
-                .iter()
-                .any(|volume| Path::new(&volume.target) == Path::new(target))
-    };
     let mut all: Vec<Value> = fixed
         .iter()
-        .filter(|(target, ..)| !taken(target))
+        .filter(|(target, ..)| !extra.mounts_on(target))
         .map(|(target, kind, options)| json!({ "destination": target, "type": kind, "source": kind, "options": options }))
         .collect();
     let mut given: Vec<(String, Value)> = Vec::new();
@@ -297,11 +306,15 @@ fn mounts(extra: &Extra) -> Vec<Value> {
         let mount = json!({ "destination": target, "type": "tmpfs", "source": "tmpfs", "options": options });
         given.push((target.clone(), mount));
     }
-    for volume in &extra.volumes {
+    for share in &extra.shares {
         let mut options = vec!["rbind", "rprivate"];
-        options.push(if volume.read_only { "ro" } else { "rw" });
-        let mount = json!({ "destination": volume.target, "type": "bind", "source": volume.source, "options": options });
-        given.push((volume.target.clone(), mount));
+        // As docker: what is mounted below cannot be written either.
+        options.push(if share.read_only { "rro" } else { "rw" });
+        if share.copies {
+            options.push("x-caisson.copyup");
+        }
+        let mount = json!({ "destination": share.target, "type": "bind", "source": share.source, "options": options });
+        given.push((share.target.clone(), mount));
     }
     // A mount must not hide one below it.
     given.sort_by_key(|(target, _)| Path::new(target).components().count());
@@ -343,12 +356,15 @@ mod tests {
         };
         let extra = Extra {
             tmpfs: vec![("/a/b".to_owned(), vec![]), ("/a".to_owned(), vec![])],
-            volumes: vec![Volume {
+            shares: vec![Shared {
                 source: "/s".to_owned(),
                 target: "/dev/shm".to_owned(),
                 read_only: true,
+                copies: true,
+                volume: None,
             }],
             ulimits: vec![crate::options::ulimit("nofile=5").unwrap()],
+            ..Extra::default()
         };
         let document = container(&request, &capabilities(&[], &[]).unwrap(), &extra);
         let spec: oci_spec::runtime::Spec = serde_json::from_value(document).unwrap();
@@ -365,6 +381,47 @@ mod tests {
                 .filter(|target| *target == "/dev/shm")
                 .count(),
             1
+        );
+    }
+
+    #[test]
+    fn networks_are_told_to_the_shim() {
+        let mut request = Request {
+            cmd: vec!["true".to_owned()],
+            ..Request::default()
+        };
+        let extra = Extra {
+            network: Network {
+                namespace: Some("/run/caisson/netns/a".into()),
+                resolver: Resolver {
+                    servers: vec!["10.0.0.1".parse().unwrap()],
+                    searches: vec!["a".to_owned(), "b".to_owned()],
+                    options: vec![],
+                },
+                hosts: vec!["10.0.0.2\tdb".to_owned()],
+            },
+            ..Extra::default()
+        };
+        let document = container(&request, &[], &extra);
+        let network = &document["linux"]["namespaces"][0];
+        assert_eq!(
+            network,
+            &json!({ "type": "network", "path": "/run/caisson/netns/a" })
+        );
+        assert_eq!(
+            document["annotations"],
+            json!({ "caisson.dns.servers": "10.0.0.1", "caisson.dns.searches": "a b", "caisson.hosts": "10.0.0.2\tdb" })
+        );
+        request.network.mode = Mode::Container("owner".to_owned());
+        let document = container(&request, &[], &Extra::default());
+        assert_eq!(
+            document["linux"]["namespaces"][0],
+            json!({ "type": "network" })
+        );
+        let spec = serde_json::from_value(document).unwrap();
+        assert_eq!(
+            caisson_sandbox::pod_of(&spec).map(String::as_str),
+            Some("owner")
         );
     }
 }

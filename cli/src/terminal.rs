@@ -2,7 +2,9 @@
 
 use std::io::stdin;
 
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
+use rustix::termios::{
+    LocalModes, OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr,
+};
 
 use crate::error::Error;
 
@@ -23,6 +25,33 @@ impl Raw {
         tcsetattr(stdin(), OptionalActions::Now, &raw)
             .map_err(Error::io("change the terminal's settings"))?;
         Ok(Self { before })
+    }
+}
+
+/// A terminal that does not show what is typed, until this is dropped.
+pub struct NoEcho {
+    before: Termios,
+}
+
+impl NoEcho {
+    /// For passwords.
+    ///
+    /// # Errors
+    /// Standard input is no terminal.
+    pub fn enter() -> Result<Self, Error> {
+        let before = tcgetattr(stdin()).map_err(Error::io("read the terminal's settings"))?;
+        let mut silent = before.clone();
+        silent.local_modes.remove(LocalModes::ECHO);
+        tcsetattr(stdin(), OptionalActions::Now, &silent)
+            .map_err(Error::io("change the terminal's settings"))?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for NoEcho {
+    fn drop(&mut self) {
+        // The terminal may be gone.
+        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.before);
     }
 }
 

@@ -9,14 +9,14 @@
 //! ```no_run
 //! # use std::{path::Path, time::Duration};
 //! # fn main() -> Result<(), caisson_fs::Error> {
-//! use caisson_fs::{FileServer, Share};
+//! use caisson_fs::{FileServer, ReadOnly, Share};
 //! let (server, vhost_user) = FileServer::spawn(
 //!     Path::new("/usr/libexec/caisson/caisson-fs"),
 //!     std::process::Stdio::null(),
 //!     Duration::from_secs(5),
 //! )?;
 //! // `vhost_user` goes to the VMM as the socket of its Fs device.
-//! server.share(0, Path::new("/srv/data"), Share { read_only: true, set_id: false })?;
+//! server.share(0, Path::new("/srv/data"), Share { read_only: ReadOnly::Tree, ..Share::default() })?;
 //! # drop(vhost_user);
 //! # Ok(())
 //! # }
@@ -25,7 +25,7 @@
 mod mounts;
 mod process;
 
-pub use mounts::Share;
+pub use mounts::{ReadOnly, Share};
 pub use process::FileServer;
 
 use std::{io, path::PathBuf};

@@ -19,24 +19,42 @@ use rustix::{
 
 use crate::Error;
 
+/// What of a share cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ReadOnly {
+    /// What can be written on the host can be written.
+    #[default]
+    Nothing,
+    /// The share's own mount, but not what is mounted below (`ro` of mount(8)).
+    Mount,
+    /// All of it (`rro`).
+    Tree,
+}
+
 /// How a directory or file is shared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Share {
-    /// No writing, enforced by the mount: also below mounts within.
-    pub read_only: bool,
+    /// With what is mounted below (`rbind`); otherwise what those mounts cover is seen.
+    pub recursive: bool,
+    /// What cannot be written, enforced by the mounts.
+    pub read_only: ReadOnly,
     /// The guest may make set-user-id files and set file capabilities, which take effect on the
     /// host. For container roots; not for directories that host users can reach.
     pub set_id: bool,
 }
 
-/// A detached copy of what is mounted at `source` and below.
-pub(crate) fn clone_tree(source: &Path) -> io::Result<OwnedFd> {
-    // AT_RECURSIVE is of the AT_* family, but open_tree takes it too.
-    let recursive = OpenTreeFlags::from_bits_retain(libc::AT_RECURSIVE as u32);
+/// A detached copy of what is mounted at `source`, and below if `recursive`.
+pub(crate) fn clone_tree(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let below = if recursive {
+        // It is of the AT_* family, but open_tree takes it too.
+        OpenTreeFlags::from_bits_retain(libc::AT_RECURSIVE as u32)
+    } else {
+        OpenTreeFlags::empty()
+    };
     let tree = rustix::mount::open_tree(
         CWD,
         source,
-        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | recursive,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | below,
     )?;
     match kind(&tree)? {
         FileType::Directory | FileType::RegularFile => Ok(tree),
@@ -57,7 +75,7 @@ pub(crate) fn attach(
     share: Share,
 ) -> Result<(), Error> {
     let mut attributes = libc::MOUNT_ATTR_NODEV;
-    if share.read_only {
+    if share.read_only == ReadOnly::Tree {
         attributes |= libc::MOUNT_ATTR_RDONLY;
     }
     if !share.set_id {
@@ -65,6 +83,10 @@ pub(crate) fn attach(
     }
     set_attributes(tree.as_fd(), attributes, 0, true)
         .map_err(Error::io("attributes of the share"))?;
+    if share.read_only == ReadOnly::Mount {
+        set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, false)
+            .map_err(Error::io("attributes of the share"))?;
+    }
     let directory = kind(tree).map_err(Error::io("stat of the share"))? == FileType::Directory;
     within(namespace, || {
         let root = writable_root()?;

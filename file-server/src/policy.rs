@@ -4,6 +4,11 @@
 //! set-group-id programs nor set file capabilities: the host's users could run
 //! them. The mount's flag by itself would only keep the server from running
 //! such files. Device nodes need no rule: the server lacks CAP_MKNOD.
+//!
+//! And how long a guest may believe what it has been told: the name of a symbolic
+//! link never without asking again. Whoever publishes a new version of a directory
+//! swaps a link to it (Kubernetes' configMap and secret volumes do), and a guest
+//! that has seen one file of the new version must not see another of the old.
 
 use std::{
     ffi::CStr,
@@ -58,6 +63,14 @@ fn is_directory(mode: u32) -> bool {
     mode & libc::S_IFMT == libc::S_IFDIR
 }
 
+/// The entry as the guest may keep it.
+fn validity(mut entry: Entry) -> Entry {
+    if entry.attr.mode & libc::S_IFMT == libc::S_IFLNK {
+        entry.entry_timeout = Duration::ZERO;
+    }
+    entry
+}
+
 /// Methods that are the inner file system's.
 macro_rules! delegate {
     ($(fn $name:ident $(<$generic:ident: $bound:path>)? (&self $(, $argument:ident: $kind:ty)* $(,)?) $(-> $result:ty)?;)*) => {
@@ -77,17 +90,14 @@ impl FileSystem for SharePolicy {
     delegate! {
         fn init(&self, capable: FsOptions) -> io::Result<FsOptions>;
         fn destroy(&self);
-        fn lookup(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<Entry>;
         fn forget(&self, ctx: Context, inode: Self::Inode, count: u64);
         fn batch_forget(&self, ctx: Context, requests: Vec<(Self::Inode, u64)>);
         fn getattr(&self, ctx: Context, inode: Self::Inode, handle: Option<Self::Handle>) -> io::Result<(fuse::Attr, Duration)>;
         fn readlink(&self, ctx: Context, inode: Self::Inode) -> io::Result<Vec<u8>>;
-        fn symlink(&self, ctx: Context, target: &CStr, parent: Self::Inode, name: &CStr, extensions: Extensions) -> io::Result<Entry>;
         fn mkdir(&self, ctx: Context, parent: Self::Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
         fn unlink(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<()>;
         fn rmdir(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<()>;
         fn rename(&self, ctx: Context, parent: Self::Inode, name: &CStr, new_parent: Self::Inode, new_name: &CStr, flags: u32) -> io::Result<()>;
-        fn link(&self, ctx: Context, inode: Self::Inode, parent: Self::Inode, name: &CStr) -> io::Result<Entry>;
         fn open(&self, ctx: Context, inode: Self::Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Self::Handle>, OpenOptions)>;
         fn read<W: ZeroCopyWriter>(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, to: W, size: u32, offset: u64, lock_owner: Option<u64>, flags: u32) -> io::Result<usize>;
         fn write<R: ZeroCopyReader>(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, from: R, size: u32, offset: u64, lock_owner: Option<u64>, delayed: bool, kill_priv: bool, flags: u32) -> io::Result<usize>;
@@ -107,6 +117,27 @@ impl FileSystem for SharePolicy {
         fn lseek(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, offset: u64, whence: u32) -> io::Result<u64>;
         fn copyfilerange(&self, ctx: Context, inode_in: Self::Inode, handle_in: Self::Handle, offset_in: u64, inode_out: Self::Inode, handle_out: Self::Handle, offset_out: u64, length: u64, flags: u64) -> io::Result<usize>;
         fn syncfs(&self, ctx: Context, inode: Self::Inode) -> io::Result<()>;
+    }
+
+    // Also what READDIRPLUS tells comes from here.
+    fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        Ok(validity(self.0.lookup(ctx, parent, name)?))
+    }
+
+    fn symlink(
+        &self,
+        ctx: Context,
+        target: &CStr,
+        parent: Inode,
+        name: &CStr,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        let made = self.0.symlink(ctx, target, parent, name, extensions)?;
+        Ok(validity(made))
+    }
+
+    fn link(&self, ctx: Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        Ok(validity(self.0.link(ctx, inode, parent, name)?))
     }
 
     fn setattr(
@@ -190,6 +221,24 @@ impl SerializableFileSystem for SharePolicy {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn links_are_asked_for_each_time() {
+        let entry = |mode| Entry {
+            inode: 1,
+            generation: 0,
+            attr: fuse::Attr {
+                mode,
+                ..Default::default()
+            },
+            attr_timeout: Duration::from_secs(1),
+            entry_timeout: Duration::from_secs(1),
+        };
+        let kept = |mode| validity(entry(mode)).entry_timeout;
+        assert_eq!(kept(libc::S_IFLNK | 0o777), Duration::ZERO);
+        assert_eq!(kept(libc::S_IFREG | 0o644), Duration::from_secs(1));
+        assert_eq!(kept(libc::S_IFDIR | 0o755), Duration::from_secs(1));
+    }
 
     #[test]
     fn programs_with_other_rights_are_recognized() {

@@ -102,7 +102,7 @@ impl FileServer {
     /// [`Error::Source`] naming `source`, [`Error::Exists`], [`Error::Io`]. Nothing is left
     /// behind then.
     pub fn share(&self, index: u32, source: &Path, share: Share) -> Result<(), Error> {
-        let tree = mounts::clone_tree(source).map_err(|error| Error::Source {
+        let tree = mounts::clone_tree(source, share.recursive).map_err(|error| Error::Source {
             path: source.to_owned(),
             source: error,
         })?;

@@ -14,12 +14,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_fs::{Error, FileServer, Share};
+use caisson_fs::{Error, FileServer, ReadOnly, Share};
 use client::{Client, ROOT};
 
 const DEADLINE: Duration = Duration::from_secs(20);
 const READ_WRITE: Share = Share {
-    read_only: false,
+    recursive: true,
+    read_only: ReadOnly::Nothing,
     set_id: false,
 };
 
@@ -98,8 +99,8 @@ fn read_only_shares_cannot_be_changed() {
         0,
         "",
         Share {
-            read_only: true,
-            set_id: false,
+            read_only: ReadOnly::Tree,
+            ..READ_WRITE
         },
     );
     let client = &mut fixture.client;
@@ -113,6 +114,40 @@ fn read_only_shares_cannot_be_changed() {
     // Neither can the root that the shares lie in.
     let client = &mut fixture.client;
     assert_eq!(client.create(ROOT, "new", 0o600).unwrap_err(), libc::EROFS);
+}
+
+/// As mount(8) has it: `ro` is of one mount.
+#[test]
+fn what_is_mounted_below_a_read_only_share_can_be_written() {
+    let mut fixture = start();
+    let below = fixture.path("below");
+    fs::create_dir(&below).unwrap();
+    let tmpfs = rustix::mount::mount(
+        "x",
+        &below,
+        "tmpfs",
+        rustix::mount::MountFlags::empty(),
+        None,
+    );
+    tmpfs.unwrap();
+    let mut created = |index, read_only| {
+        let share = Share {
+            read_only,
+            ..READ_WRITE
+        };
+        let share = fixture.share(index, "", share);
+        let client = &mut fixture.client;
+        let below = client.lookup(share, "below").unwrap();
+        (
+            client.create(share, "new", 0o600).err(),
+            client.create(below, &format!("new{index}"), 0o600).err(),
+        )
+    };
+    let mount = created(0, ReadOnly::Mount);
+    let tree = created(1, ReadOnly::Tree);
+    rustix::mount::unmount(&below, rustix::mount::UnmountFlags::DETACH).unwrap();
+    assert_eq!(mount, (Some(libc::EROFS), None));
+    assert_eq!(tree, (Some(libc::EROFS), Some(libc::EROFS)));
 }
 
 #[test]
@@ -148,8 +183,8 @@ fn set_id_programs_are_for_shares_that_allow_them() {
         1,
         "root",
         Share {
-            read_only: false,
             set_id: true,
+            ..READ_WRITE
         },
     );
     let client = &mut fixture.client;

@@ -1,6 +1,6 @@
 //! What the host and the agent in the guest share, and nothing else: the ttrpc
-//! service, the vsock ports, the framing of stdio streams and the limits both
-//! sides keep.
+//! service, the vsock ports, the framing of stdio streams and forwarded connections, how these are
+//! relayed, and the limits both sides keep.
 //!
 //! The host treats everything that comes over these channels as written by an
 //! attacker; the agent trusts the host.
@@ -8,8 +8,10 @@
 // `forbid` would also reach the generated code, which has its own `allow`.
 #![deny(unsafe_code)]
 
+pub mod forward;
 pub mod limits;
 pub mod ports;
+pub mod relay;
 pub mod stdio;
 
 /// Version of the protocol. Host and agent come from one build and must agree.
@@ -17,6 +19,9 @@ pub const VERSION: u32 = 1;
 
 /// Prefix of a mount source that names an entry of the pod's virtio-fs share.
 pub const SHARE_PREFIX: &str = "share:";
+
+/// A mount source that names the pod's shared memory, a tmpfs of the guest.
+pub const POD_SHM: &str = "pod:shm";
 
 /// virtio-fs tag of the pod's one share of host directories.
 pub const SHARE_TAG: &str = "caisson";

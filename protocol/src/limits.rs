@@ -15,3 +15,6 @@ pub const MAX_EVENTS: usize = 16 * 1024;
 
 /// Longest `wait_ms` of `NextEvents`.
 pub const MAX_EVENT_WAIT_MS: u32 = 30_000;
+
+/// Connections to loopback ports that the host has open at a time.
+pub const MAX_FORWARDS: usize = 128;

@@ -6,3 +6,6 @@ pub const AGENT: u32 = 1024;
 
 /// Standard streams of processes, one connection each: see [`crate::stdio`].
 pub const STDIO: u32 = 1025;
+
+/// Connections to loopback ports of the pod: see [`crate::forward`].
+pub const FORWARD: u32 = 1026;

@@ -1,7 +1,7 @@
 //! SHA-256 digests as the OCI image specification writes them (`descriptor.md`, "Digests").
 
 use std::fmt;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -126,7 +126,52 @@ impl<R: Read> HashingReader<R> {
 
     /// The digest of all bytes read so far, and how many they were.
     pub fn finish(self) -> (Digest, u64) {
-        (Digest(self.hasher.finalize().into()), self.count)
+        let (_, digest, count) = self.into_parts();
+        (digest, count)
+    }
+
+    /// As [`HashingReader::finish`], with the reader.
+    pub fn into_parts(self) -> (R, Digest, u64) {
+        let digest = Digest(self.hasher.finalize().into());
+        (self.inner, digest, self.count)
+    }
+}
+
+/// Hashes and counts everything that is written through it.
+#[derive(Debug)]
+pub struct HashingWriter<W> {
+    inner: W,
+    hasher: Sha256,
+    count: u64,
+}
+
+impl<W: Write> HashingWriter<W> {
+    /// Starts at the digest of nothing.
+    pub fn new(inner: W) -> Self {
+        HashingWriter {
+            inner,
+            hasher: Sha256::new(),
+            count: 0,
+        }
+    }
+
+    /// The writer, the digest of all bytes written so far, and how many they were.
+    pub fn finish(self) -> (W, Digest, u64) {
+        let digest = Digest(self.hasher.finalize().into());
+        (self.inner, digest, self.count)
+    }
+}
+
+impl<W: Write> Write for HashingWriter<W> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(buf)?;
+        self.hasher.update(&buf[..n]);
+        self.count += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
     }
 }
 

@@ -77,6 +77,18 @@ pub enum Error {
         /// Its names.
         references: Vec<Reference>,
     },
+    /// The layers of the image were not kept as they came.
+    #[error("image {} was loaded by a version of Caisson that did not keep its layers, so it cannot be saved: pull or load it again", id.short())]
+    NotKept {
+        /// The image.
+        id: Digest,
+    },
+    /// What is saved cannot be written.
+    #[error("cannot write the archive: {source}")]
+    Output {
+        /// The system's answer.
+        source: io::Error,
+    },
     /// A container uses the image.
     #[error("image {} is in use by container {}", id.short(), containers.join(", "))]
     InUse {

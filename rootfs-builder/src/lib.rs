@@ -56,5 +56,6 @@ pub use limits::Limits;
 pub use oci_spec::image::ImageConfiguration;
 pub use reference::Reference;
 pub use store::{
-    Image, ImageSummary, LayerRef, Lease, LoadedImage, Pruned, Removed, Source, Store,
+    BlobRef, Image, ImageSummary, LayerRef, Lease, LoadedImage, MAX_INDEX_DEPTH, Manifest,
+    PLATFORM, Prune, Pruned, Removed, Source, Staging, Store,
 };

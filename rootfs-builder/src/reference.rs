@@ -59,6 +59,17 @@ impl Reference {
         self.digest.as_ref()
     }
 
+    /// The same repository by a digest alone.
+    #[must_use]
+    pub fn by_digest(&self, digest: Digest) -> Reference {
+        Reference {
+            registry: self.registry.clone(),
+            repository: self.repository.clone(),
+            tag: None,
+            digest: Some(digest),
+        }
+    }
+
     /// Registry and repository without tag and digest.
     pub fn name(&self) -> String {
         format!("{}/{}", self.registry, self.repository)

@@ -14,6 +14,7 @@ mod cpuset;
 mod deadline;
 mod disk;
 mod error;
+mod features;
 pub mod figures;
 pub mod hooks;
 mod network;
@@ -29,12 +30,15 @@ pub use cgroup::parent_of as cgroup_parent;
 pub use config::{Config, ConfigError, Effective, Origin, Setting};
 pub use deadline::scaled;
 pub use error::{AgentErrorKind, Error};
+pub use features::{CAPABILITIES, features};
+pub use network::InterfaceLimits;
 pub use record::RecordError;
 pub use sandbox::{
     ContainerSpec, Created, Event, Exit, NetworkNamespace, ProcessInfo, RootfsSource, Sandbox,
     SandboxSpec, State, Status, Stdio, Streams, Upper, cleanup,
 };
-pub use size::Size;
+pub use size::{Limits, Size};
+pub use spec::pod_of;
 pub use vmm::Gone;
 
 /// The agent's messages that callers pass through.

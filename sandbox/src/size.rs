@@ -112,21 +112,32 @@ impl Limits {
         };
         let (quota, period, memory) = (number("cpu-quota"), number("cpu-period"), number("memory"));
         if quota.is_some() || memory.is_some() {
-            return Some(Self {
-                quota: millicpus(quota, period.and_then(|period| period.try_into().ok())),
-                memory: memory.and_then(positive),
-                ..Self::default()
-            });
+            let or_none = |limit: Option<i64>| limit.unwrap_or(0);
+            return Some(Self::of_cri(
+                or_none(quota),
+                or_none(period),
+                or_none(memory),
+            ));
         }
         let text = CRIO_RESOURCES
             .iter()
             .find_map(|key| annotations.get(*key))?;
         let told: CrioResources = serde_json::from_str(text).ok()?;
-        Some(Self {
-            quota: millicpus(Some(told.cpu_quota), told.cpu_period.try_into().ok()),
-            memory: positive(told.memory_limit_in_bytes),
+        Some(Self::of_cri(
+            told.cpu_quota,
+            told.cpu_period,
+            told.memory_limit_in_bytes,
+        ))
+    }
+
+    /// Limits in the terms of CRI's `LinuxContainerResources`: CPU time and its period in
+    /// microseconds, memory in bytes; 0 and less mean no limit, a period of 0 is 100 ms.
+    pub fn of_cri(cpu_quota: i64, cpu_period: i64, memory: i64) -> Self {
+        Self {
+            quota: millicpus(Some(cpu_quota), cpu_period.try_into().ok()),
+            memory: positive(memory),
             ..Self::default()
-        })
+        }
     }
 }
 
@@ -193,7 +204,11 @@ impl Size {
     pub fn of(config: &Config, spec: &Spec) -> Self {
         // What cannot be understood is told when the container is created.
         let own = || Limits::of(spec).ok().flatten().unwrap_or_default();
-        let limits = Limits::of_pod(spec).unwrap_or_else(own);
+        Self::within(config, &Limits::of_pod(spec).unwrap_or_else(own))
+    }
+
+    /// Size for a pod whose containers have these limits together.
+    pub fn within(config: &Config, limits: &Limits) -> Self {
         let vcpus = limits.millicpus().map(whole);
         let memory = limits.memory.map(mib);
         Self {

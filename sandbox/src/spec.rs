@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use caisson_protocol::SHARE_PREFIX;
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
+use caisson_fs::ReadOnly;
+use caisson_protocol::{POD_SHM, SHARE_PREFIX};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Spec};
 
 use crate::error::Error;
 
@@ -13,6 +14,20 @@ const CONTAINER_TYPES: [&str; 2] = [
     "io.kubernetes.cri-o.ContainerType",
 ];
 
+/// Annotations that name the pod of a container: containerd's CRI plugin, CRI-O.
+const POD_ANNOTATIONS: [&str; 2] = [
+    "io.kubernetes.cri.sandbox-id",
+    "io.kubernetes.cri-o.SandboxID",
+];
+
+/// The pod that a container belongs to, if it belongs to one.
+pub fn pod_of(spec: &Spec) -> Option<&String> {
+    let annotations = spec.annotations().as_ref()?;
+    POD_ANNOTATIONS
+        .iter()
+        .find_map(|name| annotations.get(*name))
+}
+
 /// A bind mount whose source is on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostBind {
@@ -20,8 +35,84 @@ pub struct HostBind {
     pub mount: usize,
     /// On the host.
     pub source: PathBuf,
+    /// With what the host has mounted below.
+    pub recursive: bool,
     /// The host's side enforces it too.
-    pub read_only: bool,
+    pub read_only: ReadOnly,
+}
+
+/// A block device of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostDisk {
+    /// Index in the specification's devices.
+    device: usize,
+    /// In the container.
+    pub path: PathBuf,
+    /// On the host.
+    pub major: i64,
+    /// On the host.
+    pub minor: i64,
+    /// The container may write to it.
+    pub writable: bool,
+}
+
+/// The block devices that the container may use by a rule for just that device. One that may use all
+/// devices (a privileged container that has the nodes of all of them) gets none of the host's.
+pub fn host_disks(spec: &Spec) -> Vec<HostDisk> {
+    let Some(linux) = spec.linux() else {
+        return Vec::new();
+    };
+    let devices = linux.devices().iter().flatten().enumerate();
+    let disks = devices.filter(|(_, device)| device.typ() == LinuxDeviceType::B);
+    disks
+        .filter_map(|(index, device)| {
+            let access = access(linux.resources().as_ref()?, device)?;
+            Some(HostDisk {
+                device: index,
+                path: device.path().clone(),
+                major: device.major(),
+                minor: device.minor(),
+                writable: access.contains('w'),
+            })
+        })
+        .collect()
+}
+
+/// What the rules for just this device allow.
+fn access(resources: &LinuxResources, device: &LinuxDevice) -> Option<String> {
+    let rules = resources.devices().iter().flatten();
+    let mut own = rules.filter(|rule| {
+        rule.allow()
+            && rule.typ() == Some(LinuxDeviceType::B)
+            && (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
+    });
+    own.next_back()
+        .map(|rule| rule.access().clone().unwrap_or_else(|| "rwm".to_owned()))
+}
+
+/// Replaces the host's numbers of a disk by the guest's.
+pub fn use_disk(spec: &mut Spec, disk: &HostDisk, (major, minor): (i64, i64)) {
+    let Some(linux) = spec.linux_mut() else {
+        return;
+    };
+    let device = linux
+        .devices_mut()
+        .as_mut()
+        .and_then(|devices| devices.get_mut(disk.device));
+    if let Some(device) = device {
+        device.set_major(major);
+        device.set_minor(minor);
+    }
+    let resources = linux.resources_mut().as_mut();
+    let rules = resources.and_then(|resources| resources.devices_mut().as_mut());
+    for rule in rules.into_iter().flatten() {
+        if rule.typ() == Some(LinuxDeviceType::B)
+            && (rule.major(), rule.minor()) == (Some(disk.major), Some(disk.minor))
+        {
+            rule.set_major(Some(major));
+            rule.set_minor(Some(minor));
+        }
+    }
 }
 
 /// Reads a specification.
@@ -52,6 +143,7 @@ pub fn holds_pod(spec: &Spec) -> bool {
 /// Something that cannot be left out without betraying the caller.
 pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
     let mut joins_pod = false;
+    let mut joins_ipc = false;
     let holds_pod = holds_pod(spec);
     if let Some(hooks) = spec.hooks_mut() {
         // Those of the host are for whoever runs the sandbox ([`crate::hooks`]).
@@ -69,14 +161,29 @@ pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
             take_host_sets(resources);
         }
         let mut kept = Vec::new();
-        for namespace in linux.namespaces().clone().unwrap_or_default() {
+        let namespaces = linux.namespaces().clone().unwrap_or_default();
+        // In the guest that would be the agent's.
+        if !namespaces
+            .iter()
+            .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+        {
+            return Err(Error::Unsupported(
+                "the container wants the host's PID namespace (--pid host, hostPID): a microVM has \
+                 its own, so run it with another runtime, or without that"
+                    .to_owned(),
+            ));
+        }
+        for namespace in namespaces {
             match (namespace.typ(), namespace.path()) {
                 // The guest's own network is the pod's.
                 (LinuxNamespaceType::Network, _) => {}
                 // The pod's, or one of the pod's on the host; that of the pod is the guest's, which
                 // therefore gets the names and sysctls of the container that holds the pod.
-                (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, path)
-                    if holds_pod || path.is_some() => {}
+                (kind @ (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts), path)
+                    if holds_pod || path.is_some() =>
+                {
+                    joins_ipc |= kind == LinuxNamespaceType::Ipc;
+                }
                 (_, None) => kept.push(namespace),
                 (LinuxNamespaceType::Pid, Some(path)) if is_pid_namespace_of(path, machine) => {
                     joins_pod = true;
@@ -91,7 +198,37 @@ pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
         }
         linux.set_namespaces(Some(kept));
     }
+    if joins_ipc {
+        share_memory(spec);
+    }
     Ok(joins_pod)
+}
+
+/// Gives a container of the pod's IPC namespace the pod's `/dev/shm`. Its caller has made one on
+/// the host, where a microVM has no use for it, or leaves it to the runtime and so would have each
+/// container get one of its own (containerd's sandbox API). A volume that is mounted there stays.
+fn share_memory(spec: &mut Spec) {
+    let pod = pod_of(spec).cloned();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let kind = mount.typ().as_deref();
+        let of_pod = mount
+            .source()
+            .as_ref()
+            .zip(pod.as_ref())
+            .is_some_and(|(source, pod)| is_shm_of(source, pod));
+        if mount.destination() == Path::new("/dev/shm") && (kind == Some("tmpfs") || of_pod) {
+            let options = ["bind", "nosuid", "nodev", "noexec"];
+            mount
+                .set_typ(Some("bind".to_owned()))
+                .set_source(Some(POD_SHM.into()))
+                .set_options(Some(options.map(str::to_owned).to_vec()));
+        }
+    }
+}
+
+/// `.../sandboxes/POD/shm` of containerd, `.../POD/userdata/shm` of CRI-O.
+fn is_shm_of(source: &Path, pod: &str) -> bool {
+    source.ends_with("shm") && source.iter().any(|part| part == pod)
 }
 
 fn is_pid_namespace_of(path: &Path, process: u32) -> bool {
@@ -117,16 +254,35 @@ pub fn host_binds(spec: &Spec) -> Vec<HostBind> {
                     .iter()
                     .any(|option| option == "bind" || option == "rbind");
             let source = mount.source().clone().filter(|_| bind)?;
-            let read_only = options
-                .iter()
-                .any(|option| option == "ro" || option == "rro");
+            if source == Path::new(POD_SHM) {
+                return None;
+            }
+            let has = |wanted: &str| options.iter().any(|option| option == wanted);
+            let read_only = match (has("ro"), has("rro")) {
+                (_, true) => ReadOnly::Tree,
+                (true, false) => ReadOnly::Mount,
+                (false, false) => ReadOnly::Nothing,
+            };
             Some(HostBind {
                 mount: index,
                 source,
+                recursive: options.iter().any(|option| option == "rbind"),
                 read_only,
             })
         })
         .collect()
+}
+
+/// Lets the guest write below a mount that is `ro`: there it is one mount with what the host has
+/// mounted below, which may be written. The host's side goes on to refuse the rest.
+pub fn leave_read_only_to_host(spec: &mut Spec, mount: usize) {
+    let mount = spec
+        .mounts_mut()
+        .as_mut()
+        .and_then(|mounts| mounts.get_mut(mount));
+    if let Some(options) = mount.and_then(|mount| mount.options_mut().as_mut()) {
+        options.retain(|option| option != "ro");
+    }
 }
 
 /// Replaces the source of a mount by an entry of the pod's share.
@@ -147,6 +303,13 @@ mod tests {
     fn spec(linux: &str, mounts: &str) -> Spec {
         parse(format!(r#"{{"ociVersion":"1.2.0","linux":{linux},"mounts":{mounts}}}"#).as_bytes())
             .unwrap()
+    }
+
+    #[test]
+    fn the_hosts_processes_are_not_for_a_guest() {
+        let mut one = spec(r#"{"namespaces":[{"type":"network"}]}"#, "[]");
+        let error = translate(&mut one, 7).unwrap_err();
+        assert!(error.to_string().contains("PID namespace"), "{error}");
     }
 
     #[test]
@@ -173,6 +336,38 @@ mod tests {
         let left = serde_json::to_value(spec.hooks()).unwrap();
         let left: Vec<&String> = left.as_object().unwrap().keys().collect();
         assert_eq!(left, ["createContainer", "startContainer"]);
+    }
+
+    #[test]
+    fn disks_are_those_with_a_rule_of_their_own() {
+        let mut one = spec(
+            r#"{"devices":[
+                {"path":"/dev/block","type":"b","major":7,"minor":1},
+                {"path":"/dev/read","type":"b","major":7,"minor":2},
+                {"path":"/dev/none","type":"b","major":7,"minor":3},
+                {"path":"/dev/null","type":"c","major":7,"minor":1}],
+              "resources":{"devices":[{"allow":false,"access":"rwm"},
+                {"allow":true,"type":"b","major":7,"minor":1,"access":"rwm"},
+                {"allow":true,"type":"b","major":7,"minor":2,"access":"r"}]}}"#,
+            "[]",
+        );
+        let disks = host_disks(&one);
+        let found: Vec<_> = disks
+            .iter()
+            .map(|disk| (disk.minor, disk.writable))
+            .collect();
+        assert_eq!(found, [(1, true), (2, false)]);
+        use_disk(&mut one, &disks[0], (253, 16));
+        let text = serde_json::to_string(&one).unwrap();
+        assert_eq!(text.matches(r#""major":253"#).count(), 2, "{text}");
+        assert!(text.contains(r#""type":"c","major":7"#), "{text}");
+        // A privileged container with all nodes of the host.
+        let all = spec(
+            r#"{"devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0}],
+              "resources":{"devices":[{"allow":true,"access":"rwm"}]}}"#,
+            "[]",
+        );
+        assert_eq!(host_disks(&all), []);
     }
 
     #[test]
@@ -222,6 +417,34 @@ mod tests {
     }
 
     #[test]
+    fn containers_of_a_pod_share_its_memory() {
+        let shm = |namespace: &str, mount: &str| {
+            let text = format!(
+                r#"{{"ociVersion":"1.2.0","linux":{{"namespaces":[{namespace},{{"type":"pid"}}]}},
+                    "mounts":[{{"destination":"/dev/shm",{mount}}}],
+                    "annotations":{{"io.kubernetes.cri.sandbox-id":"p"}}}}"#
+            );
+            let mut one = parse(text.as_bytes()).unwrap();
+            translate(&mut one, 7).unwrap();
+            (
+                one.mounts().as_ref().unwrap()[0].source() == &Some(POD_SHM.into()),
+                host_binds(&one).len(),
+            )
+        };
+        let (joined, own) = (
+            r#"{"type":"ipc","path":"/proc/7/ns/ipc"}"#,
+            r#"{"type":"ipc"}"#,
+        );
+        let private = r#""type":"tmpfs","source":"shm""#;
+        let bind = |source: &str| format!(r#""type":"bind","source":"{source}""#);
+        assert_eq!(shm(joined, private), (true, 0));
+        assert_eq!(shm(own, private), (false, 0));
+        assert_eq!(shm(joined, &bind("/run/c/sandboxes/p/shm")), (true, 0));
+        assert_eq!(shm(joined, &bind("/var/lib/kubelet/volume")), (false, 1));
+        assert_eq!(shm(joined, &bind("/dev/shm")), (false, 1), "the host's");
+    }
+
+    #[test]
     fn binds_are_found_and_replaced() {
         let mut one = spec(
             "{}",
@@ -233,7 +456,8 @@ mod tests {
             [HostBind {
                 mount: 1,
                 source: "/srv/a".into(),
-                read_only: true
+                recursive: true,
+                read_only: ReadOnly::Mount
             }]
         );
         use_share(&mut one, 1, "4");

@@ -57,15 +57,43 @@ impl fmt::Display for Gone {
             .lines()
             .filter(|line| !line.trim().is_empty())
             .collect();
-        if !lines.is_empty() {
+        let told = last_words(&lines);
+        if !told.is_empty() {
             write!(f, "; last lines of its console:")?;
-            for line in &lines[lines.len().saturating_sub(12)..] {
+            for line in told {
                 // A guest must not move the reader's cursor.
                 let clean: String = line.chars().filter(|c| !c.is_control()).collect();
                 write!(f, "\n    {clean}")?;
             }
         }
         Ok(())
+    }
+}
+
+/// What a report of Linux' about itself begins with (arch/x86/mm/fault.c, kernel/panic.c).
+const REPORT_BEGINS: [&str; 5] = [
+    "BUG: ",
+    "Oops: ",
+    "invalid opcode: ",
+    "double fault: ",
+    "Kernel panic - not syncing",
+];
+
+/// Lines of a console that are told of a microVM's end.
+const LINES_TOLD: usize = 12;
+/// And of a kernel's report.
+const REPORT_LINES_TOLD: usize = 30;
+
+/// The lines of a console that tell most of its end: the last ones, or a kernel's report from its
+/// first line on, which says what happened and where; registers and calls follow.
+fn last_words<'a>(lines: &'a [&'a str]) -> &'a [&'a str] {
+    let begins = |line: &&str| REPORT_BEGINS.iter().any(|begin| line.contains(begin));
+    let end = &lines[lines.len().saturating_sub(LINES_TOLD)..];
+    match lines.iter().position(begins) {
+        Some(start) if lines.len() - start > end.len() => {
+            &lines[start..lines.len().min(start + REPORT_LINES_TOLD)]
+        }
+        _ => end,
     }
 }
 
@@ -91,11 +119,11 @@ fn lock(pending: &Mutex<Pending>) -> MutexGuard<'_, Pending> {
 }
 
 impl Vmm {
-    /// Starts `program` as user `uid`.
+    /// Starts `program` as user `uid` for the sandbox with the id `sandbox`, which the log names.
     ///
     /// # Errors
     /// It cannot be run.
-    pub fn spawn(program: &Path, uid: u32) -> Result<Self, Error> {
+    pub fn spawn(program: &Path, uid: u32, sandbox: &str) -> Result<Self, Error> {
         let (ours, theirs) = Channel::pair().map_err(|error| Error::Io {
             what: "make the VMM's control socket".to_owned(),
             source: io::Error::other(error),
@@ -121,6 +149,7 @@ impl Vmm {
         let (announce, gone) = watch::channel(None);
         let pid = child.id();
         let watcher = Watcher {
+            sandbox: sandbox.to_owned(),
             channel: channel.clone(),
             pending: pending.clone(),
             stderr: OwnedFd::from(stderr).into(),
@@ -244,6 +273,7 @@ enum End {
 }
 
 struct Watcher {
+    sandbox: String,
     channel: Arc<Channel>,
     pending: Arc<Mutex<Pending>>,
     stderr: File,
@@ -336,8 +366,9 @@ impl Watcher {
                 });
                 None
             }
-            Ok((Message::Event(Event::DeviceFailed { slot, message }), _)) => {
-                log::error!("device in slot {slot} of the VM failed: {message}");
+            Ok((Message::Event(Event::DeviceFailed { message, .. }), _)) => {
+                let sandbox = &self.sandbox;
+                log::error!("sandbox {sandbox}: {message}; the guest sees I/O errors there");
                 None
             }
             Err(ChannelError::TimedOut) => None,
@@ -379,5 +410,42 @@ fn describe(status: io::Result<ExitStatus>, words: &[u8]) -> String {
         how
     } else {
         format!("{how}: {words}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(console: &[String]) -> Vec<String> {
+        let gone = Gone {
+            reason: ExitReason::GuestPanic,
+            console_tail: console.join("\n"),
+        };
+        let text = gone.to_string();
+        assert!(text.starts_with("the VM has ended: kernel panic in the guest"));
+        text.lines()
+            .skip(1)
+            .map(|line| line.trim().to_owned())
+            .collect()
+    }
+
+    #[test]
+    fn a_kernels_report_is_told_from_its_beginning() {
+        let mut console: Vec<String> = (0..40).map(|n| format!("hello {n}")).collect();
+        assert_eq!(told(&console), &console[28..]);
+        console.push("[    7.8] BUG: unable to handle page fault for address: 3e0".into());
+        console.extend((0..50).map(|n| format!("[    7.9] register {n}")));
+        console.push("[    8.0] Kernel panic - not syncing: Fatal exception".into());
+        assert_eq!(told(&console), &console[40..70]);
+    }
+
+    #[test]
+    fn a_short_report_has_its_context() {
+        let mut console: Vec<String> = (0..40).map(|n| format!("hello {n}")).collect();
+        console.push("Kernel panic - not syncing: VFS: \u{1b}[2Jno root".into());
+        let told = told(&console);
+        assert_eq!(told.len(), 12);
+        assert!(told[11].ends_with("VFS: [2Jno root") && told[10] == "hello 39");
     }
 }

@@ -3,7 +3,7 @@
 use std::{io, path::Path, time::Duration};
 
 use caisson_protocol::{
-    ports,
+    forward, ports,
     stdio::{ACCEPTED, Header, Stream, TOKEN_LEN},
 };
 use tokio::{
@@ -71,4 +71,22 @@ pub async fn stdio(
             seconds: limit.as_secs(),
         }),
     }
+}
+
+/// Connects to a TCP port of the guest's loopback.
+///
+/// # Errors
+/// Nobody takes the connection there (`ConnectionRefused`), or the agent does not answer in time.
+pub async fn forward(socket: &Path, port: u16) -> io::Result<UnixStream> {
+    let connected = tokio::time::timeout(scaled(Duration::from_secs(10)), async {
+        let mut connection = connect(socket, ports::FORWARD).await?;
+        connection
+            .write_all(&forward::Header { port }.encode())
+            .await?;
+        match connection.read_u8().await? {
+            forward::ACCEPTED => Ok(connection),
+            _ => Err(io::Error::from(io::ErrorKind::ConnectionRefused)),
+        }
+    });
+    connected.await?
 }

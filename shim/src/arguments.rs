@@ -30,10 +30,14 @@ pub struct Arguments {
     pub id: String,
     /// containerd's socket; empty = nobody to publish events to.
     pub address: String,
+    /// containerd's socket for events; empty = nobody listens there.
+    pub ttrpc_address: String,
     /// Program that publishes events.
     pub publish_binary: Option<PathBuf>,
     /// Directory of the container's config.json; the working directory when not given.
     pub bundle: Option<PathBuf>,
+    /// Where the pod's socket shall be; our own directory when not given.
+    pub socket_dir: Option<PathBuf>,
     /// Log more.
     pub debug: bool,
 }
@@ -50,8 +54,10 @@ impl Arguments {
             namespace: String::new(),
             id: String::new(),
             address: String::new(),
+            ttrpc_address: std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
             publish_binary: None,
             bundle: None,
+            socket_dir: None,
             debug: false,
         };
         let mut words = words.peekable();
@@ -87,20 +93,31 @@ impl Arguments {
                         Some(value()?.into()).filter(|path: &PathBuf| !path.as_os_str().is_empty())
                 }
                 "bundle" => parsed.bundle = Some(value()?.into()),
+                "ttrpc-address" => parsed.ttrpc_address = value()?,
                 "debug" => parsed.debug = given.as_deref() != Some("false"),
                 "v" | "version" => parsed.verb = Verb::Version,
                 "info" => parsed.verb = Verb::Info,
                 other => return Err(Error::Usage(format!("unknown flag -{other}"))),
             }
         }
-        if !matches!(parsed.verb, Verb::Version | Verb::Info) {
-            for (name, value) in [("namespace", &parsed.namespace), ("id", &parsed.id)] {
-                if value.is_empty() {
-                    return Err(Error::Usage(format!("-{name} is missing")));
-                }
-            }
+        // Those of `start` may be on its standard input instead.
+        if !matches!(parsed.verb, Verb::Version | Verb::Info | Verb::Start) {
+            parsed.check()?;
         }
         Ok(parsed)
+    }
+
+    /// Whether all is there that each verb about a container needs.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub fn check(&self) -> Result<(), Error> {
+        for (name, value) in [("namespace", &self.namespace), ("id", &self.id)] {
+            if value.is_empty() {
+                return Err(Error::Usage(format!("-{name} is missing")));
+            }
+        }
+        Ok(())
     }
 
     /// Directory of the container's config.json.
@@ -143,7 +160,7 @@ mod tests {
                 .contains("strat")
         );
         assert!(
-            parse("-namespace n start")
+            parse("-namespace n delete")
                 .unwrap_err()
                 .to_string()
                 .contains("-id")

@@ -39,11 +39,9 @@ pub fn run(arguments: &Arguments) -> Result<(), Error> {
     )?;
     rootfs::release(&bundle)?;
     run_poststop_hooks(&bundle, &arguments.id);
-    start::remove_socket(&start::socket_path(
-        &config,
-        &arguments.namespace,
-        &arguments.id,
-    ));
+    let sockets = start::socket_dir_of(&bundle).unwrap_or_else(|| start::socket_dir(&config));
+    let socket = start::socket_path(&sockets, &arguments.namespace, &arguments.id);
+    start::remove_socket(&config, &socket);
     let response = DeleteResponse {
         exit_status: KILLED,
         exited_at: MessageField::some(Timestamp::now()),

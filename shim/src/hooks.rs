@@ -3,7 +3,11 @@
 //! Their "container" is its microVM: the process id that they are told is the VMM's, whose network
 //! namespace is the pod's.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use caisson_sandbox::hooks::{self, HookError, Hooks};
 use oci_spec::runtime::Spec;
@@ -56,6 +60,10 @@ impl HostHooks {
     /// # Errors
     /// The first that fails: the container must not come to be.
     pub async fn create(self: &Arc<Self>, pid: u32) -> Result<(), Error> {
+        if !self.hooks.poststop.is_empty() {
+            let due = self.due();
+            std::fs::write(&due, "").map_err(Error::file("write", due))?;
+        }
         if self.hooks.create.is_empty() {
             return Ok(());
         }
@@ -82,9 +90,21 @@ impl HostHooks {
         }
     }
 
-    /// As [`Self::stopped`]; blocks.
+    /// As [`Self::stopped`]; blocks. What has been done is not done again, as the verb `delete` may
+    /// come after the server.
     pub fn run_poststop(&self) -> Vec<HookError> {
-        hooks::run_all("poststop", &self.hooks.poststop, &self.state("stopped", 0))
+        let due = self.due();
+        if !due.exists() {
+            return Vec::new();
+        }
+        let failures = hooks::run_all("poststop", &self.hooks.poststop, &self.state("stopped", 0));
+        let _ = std::fs::remove_file(due);
+        failures
+    }
+
+    /// A file that is there from the first hook to the last.
+    fn due(&self) -> PathBuf {
+        Path::new(&self.bundle).join("poststop.due")
     }
 }
 
@@ -128,7 +148,9 @@ mod tests {
         .unwrap();
         hooks.create(42).await.unwrap();
         hooks.started(42).await;
-        hooks.stopped().await;
+        for _ in 0..2 {
+            hooks.stopped().await;
+        }
         let told = std::fs::read_to_string(&told).unwrap();
         let lines: Vec<_> = told
             .lines()

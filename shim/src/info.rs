@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use containerd_shim_protos::{
-    protobuf::{Message, MessageField},
+    protobuf::{Message, MessageField, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
 
@@ -11,6 +11,9 @@ use crate::error::Error;
 
 /// Name in containerd's configuration.
 const NAME: &str = "io.containerd.caisson.v2";
+
+/// How containerd calls the OCI runtime-spec's structure.
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// Runs the verb. What is on standard input (options) changes nothing of the answer.
 ///
@@ -21,6 +24,11 @@ pub fn run() -> Result<(), Error> {
         name: NAME.to_owned(),
         version: MessageField::some(RuntimeVersion {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        }),
+        features: MessageField::some(Any {
+            type_url: FEATURES.to_owned(),
+            value: caisson_sandbox::features().to_string().into_bytes(),
             ..Default::default()
         }),
         ..Default::default()

@@ -3,13 +3,14 @@
 //!
 //! | verb | what it does |
 //! |---|---|
-//! | `start` | makes the pod's socket and a server behind it, or finds the one there is; prints the address |
+//! | `start` | makes the pod's socket and a server behind it, or finds the one there is; prints the address: [`bootstrap`] |
 //! | `delete` | removes what a server that died has left; prints a `DeleteResponse` |
 //! | `-info` | prints a `RuntimeInfo` |
 //! | none | is that server: [`server`] |
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod bootstrap;
 mod delete;
 mod error;
 mod events;
@@ -21,6 +22,7 @@ mod metrics;
 mod pod;
 mod process;
 mod rootfs;
+mod sandbox;
 mod server;
 mod service;
 mod start;
@@ -45,7 +47,7 @@ fn main() -> ExitCode {
             Ok(())
         }
         Verb::Info => info::run(),
-        Verb::Start => start::run(&arguments),
+        Verb::Start => start::run(arguments),
         Verb::Delete => delete::run(&arguments),
         Verb::Serve => server::run(arguments),
     };

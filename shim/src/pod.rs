@@ -69,7 +69,7 @@ pub trait Pod: Send + Sync {
     /// See [`Sandbox::figures`].
     async fn figures(&self, name: &str, manager: &str) -> Result<Figures, Error>;
     /// See [`Sandbox::stop`].
-    async fn stop(&self) -> Result<(), Error>;
+    async fn stop(&self, grace: Duration) -> Result<(), Error>;
 }
 
 /// MicroVMs of this host.
@@ -183,7 +183,7 @@ impl Pod for Sandbox {
         Sandbox::figures(self, name, manager).await
     }
 
-    async fn stop(&self) -> Result<(), Error> {
-        Sandbox::stop(self, Duration::ZERO).await
+    async fn stop(&self, grace: Duration) -> Result<(), Error> {
+        Sandbox::stop(self, grace).await
     }
 }

@@ -6,12 +6,14 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixListener as StdListener,
     },
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
 use caisson_sandbox::Config;
 use containerd_shim_protos::{
+    sandbox_async::create_sandbox,
     shim_async::create_task,
     ttrpc::r#async::{Server, Service as TtrpcService, transport::Listener},
 };
@@ -26,6 +28,7 @@ use crate::{
     events::{Bus, Events},
     logger,
     pod::MicroVms,
+    sandbox::{self, Sandbox},
     service::Service,
     start,
     tasks::{Identity, Tasks},
@@ -72,14 +75,27 @@ fn listener() -> Result<StdListener, Error> {
     Ok(listener)
 }
 
+/// Where `start` has bound the socket.
+fn path_of(listener: &StdListener) -> Result<PathBuf, Error> {
+    let address = listener
+        .local_addr()
+        .map_err(Error::io("find the socket's address"))?;
+    match address.as_pathname() {
+        Some(path) => Ok(path.to_owned()),
+        None => Err(Error::Usage(
+            "the socket on standard input has no path".to_owned(),
+        )),
+    }
+}
+
 async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> Result<(), Error> {
-    let socket = start::socket_path(&config, &arguments.namespace, &arguments.id);
+    let socket = path_of(&listener)?;
     let listener = UnixListener::from_std(listener).map_err(Error::io("watch the socket"))?;
     let events = Events::new(Bus::new(
         &arguments.namespace,
         &arguments.address,
         arguments.publish_binary,
-        std::env::var("TTRPC_ADDRESS").ok(),
+        Some(arguments.ttrpc_address),
     ));
     let identity = Identity {
         containerd: !arguments.address.is_empty(),
@@ -87,10 +103,15 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
         namespace: arguments.namespace,
     };
     let pods = Box::new(MicroVms::new(config.clone()));
-    let tasks = Tasks::new(config, identity, pods, events);
+    let tasks = Tasks::new(config.clone(), identity, pods, events);
+    let sandbox = Sandbox::new(config.clone(), tasks.clone());
     let mut server = Server::new()
         .add_listener(trusted(listener))
-        .register_service(task_services(&tasks));
+        .register_service(task_services(&tasks))
+        .register_service(create_sandbox(Arc::new(sandbox::Service::new(
+            sandbox,
+            tasks.clone(),
+        ))));
     server.start().await?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::io("watch for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::io("watch for SIGINT"))?;
@@ -102,7 +123,7 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
     tasks.stop().await;
     tasks.flush_events().await;
     // While it is still listened to: whoever finds none there makes a new one in its place.
-    start::remove_socket(&socket);
+    start::remove_socket(&config, &socket);
     // Answers under way get out.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())

@@ -1,9 +1,8 @@
 //! The ttrpc service: containerd's messages in, [`Tasks`]' methods, messages out.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use caisson_sandbox::scaled;
 use containerd_shim_protos::{
     api::{
         CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
@@ -237,25 +236,26 @@ impl Task for Service {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Reply<ConnectResponse> {
-        let process = self.tasks.snapshot(&request.id, "")?;
+        // A containerd that comes back asks it of each shim, a sandbox's too, which is no task.
+        let task_pid = if self.tasks.is_held() && self.tasks.is_pod(&request.id) {
+            self.tasks.machine_pid().await.unwrap_or(0)
+        } else {
+            self.tasks.snapshot(&request.id, "")?.pid
+        };
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: process.pid,
+            task_pid,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Reply<Empty> {
-        // containerd says it after each container; only the last one ends the pod.
-        if request.now || self.tasks.is_empty() {
+        // containerd says it after each container; only the last one ends the pod, unless somebody
+        // else does.
+        if !self.tasks.is_held() && (request.now || self.tasks.is_empty()) {
             self.whole(|tasks| async move {
-                tasks.stop().await;
-                tokio::spawn(async move {
-                    // The answer goes first.
-                    tokio::time::sleep(scaled(Duration::from_millis(10))).await;
-                    tasks.ended.notify_one();
-                });
+                tasks.shut_down().await;
                 Ok(())
             })
             .await?;

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use caisson_sandbox::{Config, scaled};
+use caisson_sandbox::{Config, pod_of, scaled};
 use oci_spec::runtime::Spec;
 use rustix::{
     fs::FlockOperation,
@@ -25,10 +25,13 @@ use rustix::{
     },
 };
 
-use crate::{arguments::Arguments, error::Error};
+use crate::{arguments::Arguments, bootstrap, error::Error};
 
 /// This program's name.
 pub const PROGRAM: &str = "containerd-shim-caisson-v2";
+
+/// Before a socket's path.
+const SCHEME: &str = "unix://";
 
 /// Longest to wait for a server whose queue of connections is full.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -36,56 +39,58 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// Longest to wait for others that bind sockets.
 const BIND_LIMIT: Duration = Duration::from_secs(10);
 
-/// Annotations that name the pod of a container: containerd's CRI plugin, CRI-O.
-const POD_ANNOTATIONS: [&str; 2] = [
-    "io.kubernetes.cri.sandbox-id",
-    "io.kubernetes.cri-o.SandboxID",
-];
-
 /// Runs the verb.
 ///
 /// # Errors
 /// No bundle, no socket, no server.
-pub fn run(arguments: &Arguments) -> Result<(), Error> {
+pub fn run(mut arguments: Arguments) -> Result<(), Error> {
+    let bootstrapped = bootstrap::read(&mut arguments)?;
     let bundle = arguments.bundle()?;
-    let pod = pod_of(&bundle)?.unwrap_or_else(|| arguments.id.clone());
+    let pod = pod_in(&bundle)?.unwrap_or_else(|| arguments.id.clone());
     let config = Config::load(None).map_err(caisson_sandbox::Error::from)?;
-    let socket = socket_path(&config, &arguments.namespace, &pod);
+    let directory = arguments.socket_dir.clone();
+    let directory = directory.unwrap_or_else(|| socket_dir(&config));
+    let socket = socket_path(&directory, &arguments.namespace, &pod);
     // Somebody else of the pod may have been first.
     if !is_served(&socket) {
-        serve(arguments, &bundle, &pod, &socket)?;
+        serve(&config, &arguments, &bundle, &pod, &socket)?;
     }
-    let address = format!("unix://{}", socket.display());
+    let address = format!("{SCHEME}{}", socket.display());
     let file = bundle.join("address");
     fs::write(&file, &address).map_err(Error::file("write", file))?;
-    // Without a newline: containerd before 1.6 takes every byte for the address.
-    print!("{address}");
-    io::Write::flush(&mut io::stdout()).map_err(Error::io("write the answer"))
+    bootstrap::answer(&address, bootstrapped)
 }
 
 /// The pod that the bundle's container belongs to, if it belongs to one.
-fn pod_of(bundle: &Path) -> Result<Option<String>, Error> {
+fn pod_in(bundle: &Path) -> Result<Option<String>, Error> {
+    Ok(read_spec(bundle)?.and_then(|spec| pod_of(&spec).cloned()))
+}
+
+/// The bundle's specification. That of a sandbox (containerd's sandbox API) need not have one.
+///
+/// # Errors
+/// It cannot be read, or is none.
+pub fn read_spec(bundle: &Path) -> Result<Option<Spec>, Error> {
     let path = bundle.join("config.json");
-    let text = fs::read(&path).map_err(Error::file("read", &path))?;
-    let spec: Spec = serde_json::from_slice(&text).map_err(|error| {
+    let text = match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(Error::file("read", &path))?,
+    };
+    serde_json::from_slice(&text).map(Some).map_err(|error| {
         Error::Invalid(format!(
             "{} is no OCI specification: {error}",
             path.display()
         ))
-    })?;
-    Ok(pod_in(&spec).cloned())
+    })
 }
 
-/// The pod that a container belongs to, if it belongs to one.
-pub fn pod_in(spec: &Spec) -> Option<&String> {
-    let annotations = spec.annotations().as_ref()?;
-    POD_ANNOTATIONS
-        .iter()
-        .find_map(|name| annotations.get(*name))
+/// Where sockets are whose place nobody has chosen.
+pub fn socket_dir(config: &Config) -> PathBuf {
+    config.run_dir.join("shim")
 }
 
 /// A short name, as socket paths must not exceed 107 bytes (unix(7)).
-pub fn socket_path(config: &Config, namespace: &str, pod: &str) -> PathBuf {
+pub fn socket_path(directory: &Path, namespace: &str, pod: &str) -> PathBuf {
     // FNV-1a, 64 bits: ids are random already, and a clash only makes the start fail.
     let hash = namespace
         .bytes()
@@ -94,27 +99,36 @@ pub fn socket_path(config: &Config, namespace: &str, pod: &str) -> PathBuf {
         .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
-    config
-        .run_dir
-        .join("shim")
-        .join(format!("{hash:016x}.sock"))
+    directory.join(format!("{hash:016x}.sock"))
 }
 
-/// Removes the socket and its directory if that was the last one.
-pub fn remove_socket(socket: &Path) {
+/// Removes the socket, and our own directory for them if that was the last one.
+pub fn remove_socket(config: &Config, socket: &Path) {
     let _ = fs::remove_file(socket);
-    for parent in socket.ancestors().skip(1).take(2) {
-        if fs::remove_dir(parent).is_err() {
-            return;
-        }
+    let directory = socket_dir(config);
+    if socket.starts_with(&directory) {
+        let _ = fs::remove_dir(&directory).and_then(|()| fs::remove_dir(&config.run_dir));
     }
 }
 
-fn serve(arguments: &Arguments, bundle: &Path, pod: &str, socket: &Path) -> Result<(), Error> {
+/// The directory of the socket that a bundle's `start` has answered.
+pub fn socket_dir_of(bundle: &Path) -> Option<PathBuf> {
+    let address = fs::read_to_string(bundle.join("address")).ok()?;
+    let path = Path::new(address.strip_prefix(SCHEME)?);
+    path.parent().map(Path::to_owned)
+}
+
+fn serve(
+    config: &Config,
+    arguments: &Arguments,
+    bundle: &Path,
+    pod: &str,
+    socket: &Path,
+) -> Result<(), Error> {
     let listener = bind(socket)?;
     let started = spawn(arguments, bundle, pod, listener.into());
     if started.is_err() {
-        remove_socket(socket);
+        remove_socket(config, socket);
     }
     started
 }
@@ -180,6 +194,9 @@ fn spawn(arguments: &Arguments, bundle: &Path, pod: &str, listener: OwnedFd) -> 
     if let Some(binary) = &arguments.publish_binary {
         command.arg("-publish-binary").arg(binary);
     }
+    if !arguments.ttrpc_address.is_empty() {
+        command.args(["-ttrpc-address", &arguments.ttrpc_address]);
+    }
     if arguments.debug {
         command.arg("-debug");
     }
@@ -214,13 +231,14 @@ mod tests {
     #[test]
     fn the_pod_is_in_the_annotations() {
         let bundle = tempfile::tempdir().unwrap();
+        assert_eq!(pod_in(bundle.path()).unwrap(), None, "a sandbox");
         let write = |text: &str| fs::write(bundle.path().join("config.json"), text).unwrap();
         write(r#"{"ociVersion":"1.2.0"}"#);
-        assert_eq!(pod_of(bundle.path()).unwrap(), None);
+        assert_eq!(pod_in(bundle.path()).unwrap(), None);
         write(r#"{"ociVersion":"1.2.0","annotations":{"io.kubernetes.cri.sandbox-id":"p"}}"#);
-        assert_eq!(pod_of(bundle.path()).unwrap().as_deref(), Some("p"));
+        assert_eq!(pod_in(bundle.path()).unwrap().as_deref(), Some("p"));
         write("{");
-        assert!(pod_of(bundle.path()).is_err());
+        assert!(pod_in(bundle.path()).is_err());
     }
 
     #[test]
@@ -230,13 +248,14 @@ mod tests {
             run_dir: directory.path().join("run"),
             ..Config::default()
         };
-        let socket = socket_path(&config, "n", "p");
-        assert_ne!(socket, socket_path(&config, "np", ""));
+        let sockets = socket_dir(&config);
+        let socket = socket_path(&sockets, "n", "p");
+        assert_ne!(socket, socket_path(&sockets, "np", ""));
         drop(bind(&socket).unwrap());
         let live = bind(&socket).unwrap();
         assert!(bind(&socket).is_err(), "a live one is left alone");
         drop(live);
-        remove_socket(&socket);
+        remove_socket(&config, &socket);
         assert!(!config.run_dir.exists());
     }
 }

@@ -68,6 +68,21 @@ impl Docker {
         docker
     }
 
+    /// An image saved by `caisson`.
+    fn load_saved(&self, image: &str) {
+        let archive = self.host.scratch().join("saved.tar");
+        let path = archive.display().to_string();
+        self.host.caisson(["save", "-o", &path, image]).ok();
+        self.run(&["load", "-i", &path])
+            .ok()
+            .expect_in_stdout(image);
+        let told = self.host.caisson(["image", "inspect", image]).ok().json();
+        assert_eq!(
+            self.inspect(image, "{{.Id}}"),
+            told[0]["Id"].as_str().unwrap()
+        );
+    }
+
     fn words(&self, words: &[&str]) -> Vec<String> {
         let mut all = ["docker", "--host", &self.socket]
             .map(str::to_owned)
@@ -114,6 +129,7 @@ impl Drop for Docker {
 #[test]
 fn containers_run_by_both_ways() {
     let docker = Docker::start();
+    docker.load_saved(docker.host.busybox());
     for runtime in [SHIM, OCI] {
         let run = |flags: &[&str], words: &[&str]| {
             let mut all = vec!["run", "--rm", "--runtime", runtime, "--network", "none"];
@@ -258,6 +274,19 @@ fn networks_reach_the_guest() {
     docker
         .run(&["exec", "web", "ping", "-c", "1", "-W", "10", GATEWAY])
         .ok();
+    // The interface is the first one's, which loses nothing by the attempt.
+    let join = [
+        "run",
+        "--rm",
+        "--runtime",
+        SHIM,
+        "--network",
+        "container:web",
+        "busybox",
+        "true",
+    ];
+    docker.run(&join).expect_error(&["another microVM"]);
+    fetched();
     docker.run(&["network", "create", "second"]).ok();
     docker.run(&["network", "connect", "second", "web"]).ok();
     let has = |names: &str| {

@@ -124,3 +124,23 @@ fn it_ends_with_the_container() {
     assert_eq!(finished.code(), 137, "{finished}");
     host.caisson(["rm", "base"]).ok();
 }
+
+#[test]
+fn it_has_the_containers_limits() {
+    let host = Host::claim();
+    host.caisson([
+        "run",
+        "-d",
+        "--name",
+        "base",
+        "--ulimit",
+        "nofile=77:99",
+        host.busybox(),
+        "sleep",
+        "1000",
+    ])
+    .ok();
+    host.caisson(["exec", "base", "sh", "-c", "ulimit -Sn; ulimit -Hn"])
+        .expect_stdout("77\n99\n");
+    host.caisson(["rm", "-f", "base"]).ok();
+}

@@ -11,6 +11,8 @@ fn twenty_runs_at_once_all_answer() {
             host.command([
                 "run",
                 "--rm",
+                "--network",
+                "none",
                 "-m",
                 "96m",
                 image,

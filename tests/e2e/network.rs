@@ -6,6 +6,8 @@ use std::net::TcpStream;
 
 use caisson_tests::{Command, Host, seconds, until};
 
+use crate::configuration::with_files;
+
 fn ip(words: &str) {
     Command::new(["ip"].into_iter().chain(words.split(' ')))
         .run()
@@ -55,6 +57,59 @@ fn connect(vmm: i32, link: &str, name: &str, mac: &str, host: &str, addresses: &
     inside(&format!("link set {name} up"));
 }
 
+/// The interface that [`dial`] leads to.
+fn connect_first(vmm: i32) {
+    connect(
+        vmm,
+        "caisson-t0",
+        "eth0",
+        "02:00:00:00:05:02",
+        "10.205.0.1/24",
+        &["10.205.0.2/24"],
+    );
+}
+
+/// Sends to a port of the guest that is read to the end, and gives the time.
+fn time_to_send(port: u16, bytes: usize) -> f64 {
+    let begin = std::time::Instant::now();
+    let mut stream = dial(port);
+    stream.write_all(&vec![0; bytes]).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut count = String::new();
+    stream.read_to_string(&mut count).unwrap();
+    assert_eq!(count.trim(), bytes.to_string());
+    begin.elapsed().as_secs_f64()
+}
+
+#[test]
+fn the_configuration_limits_interfaces() {
+    const BYTES: usize = 800_000;
+    let host = Host::claim();
+    let links = Links;
+    let image = host.busybox();
+    let mut times = Vec::new();
+    for config in ["", "network_rx_bytes_per_second = 300000\n"] {
+        let server = format!("run -d --name net --network none {image} nc -ll -p 80 -e wc -c");
+        with_files(&host, &[("config.toml", config)], &server).ok();
+        let vmm = host.processes_of("caisson-vmm")[0];
+        connect_first(vmm);
+        times.push(time_to_send(80, BYTES));
+        host.caisson(["rm", "-f", "net"]).ok();
+        // The link goes with the VMM's namespace.
+        let gone = until(seconds(5.0), || {
+            (!std::path::Path::new("/sys/class/net/caisson-t0").exists()).then_some(())
+        });
+        assert!(gone.is_some());
+    }
+    drop(links);
+    println!("{BYTES} bytes take {times:?} s");
+    let least = (BYTES - 30_000) as f64 / 300_000.0;
+    assert!(
+        times[1] >= least && times[0] < times[1],
+        "{times:?}: {least}"
+    );
+}
+
 #[test]
 fn interfaces_that_come_and_go_do_so_in_the_guest() {
     let host = Host::claim();
@@ -62,6 +117,8 @@ fn interfaces_that_come_and_go_do_so_in_the_guest() {
     host.caisson([
         "run",
         "-d",
+        "--network",
+        "none",
         "--name",
         "net",
         host.busybox(),
@@ -72,14 +129,7 @@ fn interfaces_that_come_and_go_do_so_in_the_guest() {
     let [vmm] = host.processes_of("caisson-vmm")[..] else {
         panic!("there is one VMM");
     };
-    connect(
-        vmm,
-        "caisson-t0",
-        "eth0",
-        "02:00:00:00:05:02",
-        "10.205.0.1/24",
-        &["10.205.0.2/24"],
-    );
+    connect_first(vmm);
     let inside = |script: &str| host.caisson(["exec", "net", "sh", "-c", script]);
     let wait_for = |what: &str, script: &str| {
         let seen = until(seconds(10.0), || (inside(script).code() == 0).then_some(()));
@@ -133,4 +183,66 @@ fn interfaces_that_come_and_go_do_so_in_the_guest() {
 
     host.caisson(["rm", "-f", "net"]).ok();
     drop(links);
+}
+
+/// How many of the VMM's descriptors are /dev/vhost-net.
+fn vhosts_of(vmm: i32) -> usize {
+    let fds = std::fs::read_dir(format!("/proc/{vmm}/fd")).unwrap();
+    fds.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok())
+        .filter(|target| target.as_os_str() == "/dev/vhost-net")
+        .count()
+}
+
+/// A server in a microVM of two processors, so of two queue pairs, that takes bytes at port 80 and
+/// gives as many at port 81. Checks who moves the frames, and that they arrive.
+fn exchange(host: &Host, config: &str, vhosts: usize) {
+    const BYTES: usize = 2_000_000;
+    let links = Links;
+    let image = host.busybox();
+    let server = format!(
+        "run -d --name net --cpus 2 --network none {image} sh -c \"nc -ll -p 81 -e head -c {BYTES} /dev/zero & exec nc -ll -p 80 -e wc -c\""
+    );
+    with_files(host, &[("config.toml", config)], &server).ok();
+    let vmm = host.processes_of("caisson-vmm")[0];
+    connect_first(vmm);
+    time_to_send(80, BYTES);
+    let mut received = Vec::new();
+    dial(81).read_to_end(&mut received).unwrap();
+    assert_eq!(received.len(), BYTES);
+    assert_eq!(vhosts_of(vmm), vhosts, "{config}");
+    host.caisson([
+        "exec",
+        "net",
+        "ping",
+        "-c",
+        "3",
+        "-s",
+        "8000",
+        "-W",
+        "5",
+        "10.205.0.1",
+    ])
+    .ok();
+    ip("link delete caisson-t0");
+    let gone = until(seconds(10.0), || {
+        let listed = host.caisson(["exec", "net", "ls", "/sys/class/net"]);
+        (listed.stdout() == "lo\n").then_some(())
+    });
+    assert!(gone.is_some(), "the guest still has the interface");
+    let closed = until(seconds(5.0), || (vhosts_of(vmm) == 0).then_some(()));
+    assert!(closed.is_some(), "the VMM still has the kernel's queues");
+    host.caisson(["rm", "-f", "net"]).ok();
+    drop(links);
+}
+
+#[test]
+fn the_hosts_kernel_moves_frames_where_it_may() {
+    let host = Host::claim();
+    Command::new(["modprobe", "vhost_net"]).run().ok();
+    exchange(&host, "vhost_net = true\n", 2);
+    // A limit is the VMM's.
+    let limited = "vhost_net = true\nnetwork_rx_packets_per_second = 1000000\n";
+    exchange(&host, limited, 0);
+    Command::new(["rmmod", "vhost_net"]).run().ok();
+    exchange(&host, "vhost_net = true\n", 0);
 }

@@ -22,13 +22,13 @@ _, status = os.waitpid(int(open(sys.argv[1]).read()), 0)
 sys.exit(os.waitstatus_to_exitcode(status) % 256)
 "#;
 
-struct Oci<'a> {
+pub struct Oci<'a> {
     host: &'a Host,
     root: PathBuf,
 }
 
 impl<'a> Oci<'a> {
-    fn new(host: &'a Host) -> Self {
+    pub fn new(host: &'a Host) -> Self {
         Self {
             host,
             root: host.scratch().join("root"),
@@ -45,12 +45,12 @@ impl<'a> Oci<'a> {
         all
     }
 
-    fn run(&self, words: &[&str]) -> Finished {
+    pub fn run(&self, words: &[&str]) -> Finished {
         Command::new(self.words(words)).run()
     }
 
     /// A bundle with busybox that runs `script`, its config.json changed by `change`.
-    fn bundle(&self, script: &str, change: impl FnOnce(&mut Value)) -> PathBuf {
+    pub fn bundle(&self, script: &str, change: impl FnOnce(&mut Value)) -> PathBuf {
         let path = self.host.scratch().join("bundle");
         let rootfs = path.join("rootfs");
         fs::create_dir_all(&rootfs).unwrap();
@@ -76,7 +76,7 @@ impl<'a> Oci<'a> {
     }
 
     /// Creates a container and waits until it is there. What is returned ends with it.
-    fn create(&self, id: &str, bundle: &Path, stdin: &str) -> Running {
+    pub fn create(&self, id: &str, bundle: &Path, stdin: &str) -> Running {
         let pid_file = self.pid_file(id);
         let bundle = bundle.display().to_string();
         let mut words = ["python3", "-c", REAPER].map(str::to_owned).to_vec();

@@ -14,6 +14,16 @@ fn output_and_exit_code_are_the_commands() {
 }
 
 #[test]
+fn devices_are_for_every_user() {
+    let host = Host::claim();
+    host.sh(
+        ["-u", "1000:1000"],
+        "cd /dev; stat -c '%a %n' full null random tty urandom zero; echo x >null && echo written",
+    )
+    .expect_stdout("666 full\n666 null\n666 random\n666 tty\n666 urandom\n666 zero\nwritten\n");
+}
+
+#[test]
 fn it_runs_on_a_kernel_of_its_own() {
     let host = Host::claim();
     let ours = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
@@ -312,7 +322,7 @@ fn wrong_usage_is_refused_before_anything_starts() {
         (vec!["--no-such-flag"], "no-such-flag"),
         (vec!["--name", "not/a name"], "name"),
         (vec!["-e", "=value"], "="),
-        (vec!["-v", "relative:/there"], "relative"),
+        (vec!["-v", "rela/tive:/there"], "rela/tive"),
         (vec!["-v", "/tmp:not-absolute"], "not-absolute"),
         (vec!["-w", "not-absolute"], "not-absolute"),
         (vec!["--cpus", "many"], "many"),

@@ -22,7 +22,9 @@ fn run_it_gives_a_terminal_with_size_keys_and_exit_code() {
 fn control_c_reaches_the_process_and_control_d_ends_the_shell() {
     let host = Host::claim();
     let mut terminal = host.terminal(["run", "--rm", "-it", host.busybox(), "sh"]);
-    terminal.send("trap 'echo inter''rupted' INT; echo re''ady; sleep 1000\r");
+    // The child that the signal ends is the one that says it is there: between two commands of its
+    // own the shell would go on with the second.
+    terminal.send("trap 'echo inter''rupted' INT; sh -c 'echo re\"\"ady; exec sleep 1000'\r");
     terminal.expect("ready");
     terminal.send([3]);
     terminal.expect("interrupted");

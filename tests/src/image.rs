@@ -1,7 +1,9 @@
 //! Small OCI images, written here so that no daemon and no network is needed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use flate2::Compression;
@@ -98,6 +100,60 @@ impl Layer {
         self
     }
 
+    /// A file, link or directory tree of this machine at its own path, owned as entries are.
+    /// `wanted` says of each file below a directory whether it is taken.
+    ///
+    /// # Panics
+    /// If it cannot be read.
+    #[must_use]
+    pub fn host(self, path: &str, wanted: &dyn Fn(&Path) -> bool) -> Self {
+        let stat = fs::symlink_metadata(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        let name = path.trim_start_matches('/');
+        if stat.is_symlink() {
+            let target = fs::read_link(path).expect("read a link");
+            return self.symlink(name, target.to_str().expect("UTF-8"));
+        }
+        if stat.is_file() {
+            let contents = fs::read(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+            return self.file(name, stat.permissions().mode() & 0o777, contents);
+        }
+        let mut entries: Vec<_> = fs::read_dir(path)
+            .expect("list a directory")
+            .map(|entry| entry.expect("list a directory").path())
+            .filter(|path| path.is_dir() || wanted(path))
+            .collect();
+        entries.sort();
+        entries.iter().fold(self.dir(name, 0o755), |layer, path| {
+            layer.host(path.to_str().expect("UTF-8"), wanted)
+        })
+    }
+
+    /// Programs of this machine at their own paths, with the libraries that ldd(1) names.
+    ///
+    /// # Panics
+    /// If one is not installed.
+    #[must_use]
+    pub fn programs(self, programs: &[&str]) -> Self {
+        let mut files = BTreeSet::new();
+        for program in programs {
+            // Not all are linked dynamically, which ldd tells as a failure.
+            let libraries = crate::Command::new(["ldd", program]).run().stdout();
+            files.extend(
+                libraries
+                    .split_whitespace()
+                    .filter(|word| word.starts_with('/'))
+                    .map(str::to_owned),
+            );
+            files.insert((*program).to_owned());
+        }
+        files.iter().fold(self, |layer, path| {
+            // A library's name is a link to its file; one file with that name does.
+            let real = fs::canonicalize(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+            let contents = fs::read(real).expect("read a program");
+            layer.file(path.trim_start_matches('/'), 0o755, contents)
+        })
+    }
+
     /// The layer's tar archive.
     pub fn tar(&self) -> Vec<u8> {
         let mut tar = self.tar.clone();
@@ -115,6 +171,8 @@ pub struct Image {
     pub layers: Vec<Layer>,
     /// The configuration's `config` object (`Cmd`, `Entrypoint`, `Env`, `User`, ...).
     pub config: Value,
+    /// Its layers are compressed.
+    pub compressed: bool,
 }
 
 impl Image {
@@ -124,6 +182,7 @@ impl Image {
             name: name.to_owned(),
             layers: Vec::new(),
             config: json!({ "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"] }),
+            compressed: true,
         }
     }
 
@@ -177,6 +236,13 @@ impl Image {
         image
     }
 
+    /// Leaves its layers uncompressed: quicker to make when they are large.
+    #[must_use]
+    pub fn uncompressed(mut self) -> Self {
+        self.compressed = false;
+        self
+    }
+
     /// Adds a layer on top.
     #[must_use]
     pub fn layer(mut self, layer: Layer) -> Self {
@@ -191,7 +257,8 @@ impl Image {
         self
     }
 
-    /// Writes it as an OCI image layout (layers gzip-compressed) into a directory that is made.
+    /// Writes it as an OCI image layout (layers gzip-compressed unless
+    /// [`Self::uncompressed`]) into a directory that is made.
     ///
     /// # Panics
     /// If writing fails.
@@ -207,10 +274,16 @@ impl Image {
         let mut diff_ids = Vec::new();
         for layer in &self.layers {
             let tar = layer.tar();
-            diff_ids.push(format!("sha256:{}", hex(&tar)));
-            let (digest, size) = put(&gzip(&tar));
+            let (kind, (digest, size)) = if self.compressed {
+                diff_ids.push(format!("sha256:{}", hex(&tar)));
+                ("tar+gzip", put(&gzip(&tar)))
+            } else {
+                let plain = put(&tar);
+                diff_ids.push(plain.0.clone());
+                ("tar", plain)
+            };
             descriptors.push(json!({
-                "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+                "mediaType": format!("application/vnd.oci.image.layer.v1.{kind}"),
                 "digest": digest, "size": size,
             }));
         }

@@ -14,14 +14,18 @@ const PROGRAMS: [&str; 4] = [
 ];
 
 /// Where Caisson keeps state that must go with its container.
-const STATE: [&str; 3] = [
+const STATE: [&str; 4] = [
     "/run/caisson",
     "/var/lib/caisson/containers",
+    "/var/lib/caisson/networks",
     "/run/containerd",
 ];
 
-/// Directories that containerd and `ctr` make on their first use and keep.
-const KEPT: [&str; 3] = [
+/// What is made on its first use and kept: by containerd and `ctr`, and the command line's default
+/// network.
+const KEPT: [&str; 5] = [
+    "/var/lib/caisson/networks/attached",
+    "/var/lib/caisson/networks/caisson.json",
     "/run/containerd",
     "/run/containerd/fifo",
     "/run/containerd/s",

@@ -25,10 +25,12 @@ pub mod deadline;
 pub mod host;
 pub mod image;
 pub mod leaks;
+pub mod registry;
 pub mod terminal;
 
 pub use command::{Command, Finished, Running};
 pub use deadline::{seconds, until};
 pub use host::Host;
 pub use image::{Image, Layer};
+pub use registry::Registry;
 pub use terminal::Terminal;

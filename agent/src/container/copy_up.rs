@@ -1,4 +1,5 @@
-//! What an image has at a tmpfs's target, copied into the tmpfs (`tmpcopyup`).
+//! What an image has at a mount's target, copied into the tmpfs (`tmpcopyup`) or the new volume
+//! that is mounted there.
 
 use std::{
     ffi::CStr,
@@ -30,6 +31,24 @@ pub fn copy_tree(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// [`copy_tree`] into a directory that has nothing in it, which also gets the owner and the mode of
+/// `from`.
+///
+/// # Errors
+/// As [`copy_tree`].
+pub fn fill_if_empty(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Result<()> {
+    let directory = rustix::fs::openat(to, ".", DIRECTORY, Mode::empty())?;
+    for entry in Dir::read_from(&directory)? {
+        let entry = entry?;
+        if entry.file_name() != c"." && entry.file_name() != c".." {
+            return Ok(());
+        }
+    }
+    copy_tree(from, to)?;
+    let stat = rustix::fs::statat(from, c"", AtFlags::EMPTY_PATH)?;
+    keep_attributes(to, c".", &stat)
 }
 
 const DIRECTORY: OFlags = OFlags::DIRECTORY

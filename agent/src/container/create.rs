@@ -4,6 +4,7 @@ use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc};
 
 use caisson_protocol::agent::{self, StdioRequest};
 use oci_spec::runtime::{Process as ProcessSpec, Spec};
+use serde::Deserialize;
 
 use super::{
     Created, Layer, Manager, Rootfs, Upper,
@@ -38,20 +39,10 @@ impl Manager {
                 format!("container {id} exists already"),
             ));
         }
-        let pid_namespace_of = {
-            let table = self.table();
-            if request.join_pod_pid_namespace {
-                Some(table.first_init()?)
-            } else if table.shared_pid_namespace {
-                table
-                    .containers
-                    .values()
-                    .map(|c| c.init.pid())
-                    .find(|pid| *pid != 0)
-            } else {
-                None
-            }
-        };
+        let pid_namespace_of = request
+            .join_pod_pid_namespace
+            .then(|| self.table().pid_namespace_of_pod())
+            .transpose()?;
         let linux = spec.linux().as_ref();
         let limits = linux.and_then(|linux| linux.resources().clone());
         let cgroup = Arc::new(Cgroup::create(&id, limits.as_ref())?);
@@ -177,7 +168,7 @@ impl Manager {
     /// No such container, it is not running, or the exec exists.
     pub fn create_exec(&self, request: agent::CreateExecRequest) -> Result<Created> {
         check_id("exec", &request.exec_id)?;
-        let process: ProcessSpec =
+        let Wanted { process, archive } =
             serde_json::from_slice(&request.process_json).map_err(|error| {
                 Failure::invalid(format!("malformed process specification: {error}"))
             })?;
@@ -208,6 +199,7 @@ impl Manager {
             size: size_of_terminal(&stdio),
             pending: Some(Pending {
                 process,
+                archive,
                 user,
                 streams,
                 terminal: stdio.terminal,
@@ -216,6 +208,15 @@ impl Manager {
         container.execs.insert(request.exec_id, exec);
         Ok(Created { pid: 0, token })
     }
+}
+
+/// An exec: a program, or what the agent does in its place.
+#[derive(Deserialize)]
+struct Wanted {
+    #[serde(flatten)]
+    process: ProcessSpec,
+    #[serde(rename = "x-caisson.archive")]
+    archive: Option<caisson_archive::Request>,
 }
 
 /// IDs become names of directories.

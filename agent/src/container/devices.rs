@@ -7,7 +7,7 @@ use std::{
 
 use oci_spec::runtime::{LinuxDeviceType, Spec};
 use rustix::{
-    fs::{FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, symlinkat},
+    fs::{FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, makedev, mknodat, symlinkat},
     io::Errno,
 };
 
@@ -116,7 +116,6 @@ fn node(
     (uid, gid): (u32, u32),
 ) -> Result<()> {
     let during = || format!("make the device node {}", name.display());
-    // The mode must not suffer from the agent's umask, which is 0 as the kernel gave it.
     match mknodat(
         directory,
         name,
@@ -134,6 +133,15 @@ fn node(
         Some(Uid::from_raw(uid)),
         Some(Gid::from_raw(gid)),
         rustix::fs::AtFlags::SYMLINK_NOFOLLOW,
+    )
+    .during(during)?;
+    // mknod(2) has taken the agent's umask off, which is 022 as the kernel gave it. Nothing runs yet
+    // that could have put a link in the node's place.
+    chmodat(
+        directory,
+        name,
+        Mode::from_raw_mode(mode),
+        rustix::fs::AtFlags::empty(),
     )
     .during(during)
 }

@@ -15,7 +15,7 @@ use std::{
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use rustix::{
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
-    process::{Pid, PidfdFlags, pidfd_open},
+    process::{DumpableBehavior, Pid, PidfdFlags, pidfd_open},
     thread::{ThreadNameSpaceType, UnshareFlags, move_into_thread_name_spaces},
 };
 
@@ -190,6 +190,9 @@ fn exec_in(sync: &Sync, request: ExecRequest) -> Result<()> {
             | ThreadNameSpaceType::NETWORK,
     )?;
     fork_into(sync, || {
+        if let Some(archive) = &request.archive {
+            return copy_files(sync, archive);
+        }
         let terminal = request
             .terminal
             .map(|size| terminal::open(sync, size, None))
@@ -247,6 +250,36 @@ fn become_program(sync: &Sync, program: exec::Program) -> Result<()> {
         return Err(Failure::internal("the agent gave the process up"));
     }
     exec::run(program)
+}
+
+/// Copies files between standard input or output and the container's mount namespace, as root.
+/// What goes wrong is told on standard error, as a program would.
+fn copy_files(sync: &Sync, request: &caisson_archive::Request) -> Result<()> {
+    // Programs of the container see this process.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .during(|| "hide the process".to_owned())?;
+    rustix::process::chdir("/").during(|| "enter the root".to_owned())?;
+    sync.report(&Report::Ready)?;
+    if !sync.wait_for_start()? {
+        return Err(Failure::internal("the agent gave the process up"));
+    }
+    // What execve does for programs.
+    rustix::net::shutdown(&sync.0, rustix::net::Shutdown::Both).during(|| "hang up".to_owned())?;
+    let copied = match request {
+        caisson_archive::Request::Pack { source, follow } => {
+            let output = std::io::BufWriter::with_capacity(64 << 10, std::io::stdout().lock());
+            caisson_archive::pack(source, *follow, output)
+        }
+        caisson_archive::Request::Unpack {
+            destination,
+            attributes,
+        } => caisson_archive::unpack(std::io::stdin().lock(), destination, *attributes),
+    };
+    if let Err(error) = copied {
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+    Ok(())
 }
 
 fn set_oom_score(spec: &Spec) -> Result<()> {

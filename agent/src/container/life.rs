@@ -95,6 +95,7 @@ impl Manager {
             let request = Request::Exec(Box::new(ExecRequest {
                 init,
                 process: pending.process,
+                archive: pending.archive,
                 user: pending.user,
                 terminal: pending.terminal.then_some(exec.size),
                 cgroup,
@@ -188,6 +189,13 @@ impl Manager {
         };
         // Before the exit that it explains, whatever the watch has seen so far.
         let oom = container.new_oom_kills();
+        // With a PID namespace of its own the kernel has done so. Of one that is the pod's, others
+        // would live on, and hold the container's output open.
+        if exec_id.is_empty()
+            && let Err(failure) = container.cgroup.kill()
+        {
+            log::warn!("container {container_id}: its processes are not killed: {failure}");
+        }
         let Ok(process) = container.process(exec_id) else {
             return;
         };

@@ -14,6 +14,7 @@ pub mod init;
 mod life;
 pub mod mounts;
 mod paths;
+pub mod pod_init;
 mod request;
 mod rootfs;
 mod spawn;
@@ -70,9 +71,14 @@ impl Manager {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether containers to come share one PID namespace.
-    pub fn share_pid_namespace(&self, shared: bool) {
-        self.table().shared_pid_namespace = shared;
+    /// Keeps a PID namespace for containers to come, whichever of them ends.
+    ///
+    /// # Errors
+    /// See [`pod_init::start`].
+    pub fn keep_pid_namespace(&self) -> Result<()> {
+        let pid = pod_init::start()?;
+        self.table().pod_init = Some(pid);
+        Ok(())
     }
 
     /// Every container there is.

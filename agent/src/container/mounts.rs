@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use caisson_protocol::SHARE_PREFIX;
+use caisson_protocol::{POD_SHM, SHARE_PREFIX};
 use oci_spec::runtime::Mount;
 use rustix::{
     fs::{AtFlags, CWD, FileType, OFlags},
@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::{
-    copy_up::copy_tree,
+    copy_up::{copy_tree, fill_if_empty},
     paths::{self, Missing},
 };
 use crate::{
@@ -48,6 +48,8 @@ pub struct Options {
     pub data: Vec<(String, String)>,
     /// Copy what the image has at the target into the tmpfs.
     pub tmpcopyup: bool,
+    /// The same into the source of a bind mount while that is empty, as docker fills new volumes.
+    pub fills: bool,
 }
 
 const ATTR_RDONLY: u64 = 0x1;
@@ -103,6 +105,7 @@ impl Options {
             "bind" => self.bind = true,
             "rbind" => (self.bind, self.bind_recursive) = (true, true),
             "tmpcopyup" => self.tmpcopyup = true,
+            "x-caisson.copyup" => self.fills = true,
             "sync" | "async" | "dirsync" | "lazytime" | "nolazytime" => {
                 self.flags.push(option.to_owned());
             }
@@ -376,22 +379,26 @@ fn bind(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<()> {
         Missing::File
     };
     let target = paths::open_or_create(root, mount.destination(), missing)?;
+    if options.fills && missing == Missing::Directory {
+        fill_if_empty(target.as_fd(), source_fd.as_fd())
+            .during(|| "copy what the image has there".to_owned())?;
+    }
     let tree = clone_tree(source_fd.as_fd(), options.bind_recursive)
         .during(|| format!("bind {}", source.display()))?;
     attach(tree.as_fd(), target.as_fd()).during(|| "attach it".to_owned())?;
     finish(tree.as_fd(), options)
 }
 
-/// The source of a bind mount: an entry of the pod's share, or a file of the guest that pods
-/// may have ([`boot::SHM_DIR`]). Every other path names something of the host that is not here.
+/// The source of a bind mount: an entry of the pod's share, or the pod's shared memory
+/// ([`boot::SHM_DIR`]). Every other path names something of the host that is not here.
 fn open_source(source: &Path) -> Result<OwnedFd> {
     let text = source.to_string_lossy();
     if let Some(entry) = text.strip_prefix(SHARE_PREFIX) {
         return open_share(entry);
     }
-    if source.starts_with(boot::SHM_DIR) {
+    if source == Path::new(POD_SHM) {
         return rustix::fs::open(
-            source,
+            boot::SHM_DIR,
             OFlags::PATH | OFlags::CLOEXEC,
             rustix::fs::Mode::empty(),
         )

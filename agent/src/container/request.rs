@@ -57,6 +57,8 @@ pub struct ExecRequest {
     pub terminal: Option<(u16, u16)>,
     /// Directory of the container's cgroup.
     pub cgroup: String,
+    /// Copy files, by the agent's own code, instead of executing a program.
+    pub archive: Option<caisson_archive::Request>,
     /// The container's seccomp filter, which its specification has and an exec's has not.
     pub seccomp: Option<oci_spec::runtime::LinuxSeccomp>,
 }

@@ -21,18 +21,22 @@ pub(super) struct Table {
     /// born, and a process may die sooner. Only kept while something is being born.
     pub(super) unclaimed: HashMap<u32, ProcessExit>,
     pub(super) births: usize,
-    /// The pod's containers share the PID namespace of the first one.
-    pub(super) shared_pid_namespace: bool,
+    /// Keeps the pod's PID namespace where no container does.
+    pub(super) pod_init: Option<u32>,
     /// The container that was made first, which may have gone.
     pub(super) first: Option<String>,
 }
 
 impl Table {
-    /// The init process of the pod's first container.
+    /// The process whose PID namespace is the pod's: the one made for that, else the pod's first
+    /// container's.
     ///
     /// # Errors
     /// It does not run.
-    pub(super) fn first_init(&self) -> Result<u32> {
+    pub(super) fn pid_namespace_of_pod(&self) -> Result<u32> {
+        if let Some(pid) = self.pod_init {
+            return Ok(pid);
+        }
         self.first
             .as_ref()
             .and_then(|id| self.containers.get(id))
@@ -86,6 +90,7 @@ pub(super) struct Process {
 
 pub(super) struct Pending {
     pub(super) process: ProcessSpec,
+    pub(super) archive: Option<caisson_archive::Request>,
     pub(super) user: Option<String>,
     pub(super) streams: crate::stdio::Prepared,
     pub(super) terminal: bool,

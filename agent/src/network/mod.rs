@@ -3,12 +3,18 @@
 
 mod netlink;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use caisson_protocol::agent::{Neighbour, Network, NetworkInterface, Route};
 
-use crate::failure::{Failure, Result};
-use netlink::{Message, SET, Socket, attributes, u32_at};
+use crate::{
+    device,
+    failure::{During, Failure, Result},
+};
+use netlink::{ADD, Message, SET, Socket, attributes, u32_at};
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h
 const RTM_NEWLINK: u16 = 16;
@@ -20,6 +26,8 @@ const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+const RTM_GETNEIGH: u16 = 30;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
@@ -46,6 +54,7 @@ const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_HOST: u8 = 254;
 const NDA_DST: u16 = 1;
 const NDA_LLADDR: u16 = 2;
+const NDA_PROTOCOL: u16 = 12;
 const NUD_PERMANENT: u16 = 0x80;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -86,20 +95,23 @@ pub fn configure(request: &Network) -> Result<()> {
     }
     let mut routes: Vec<&Route> = request.routes.iter().collect();
     routes.sort_by_key(|route| !route.gateway.is_empty());
-    let mut wanted = Vec::new();
-    for route in routes {
-        let message = route_message(route, by_name(&links, &route.device)?)?;
-        socket.request(&message, || format!("set the route {}", describe(route)))?;
-        wanted.push(message);
+    let messages = routes
+        .iter()
+        .map(|route| route_message(route, by_name(&links, &route.device)?))
+        .collect::<Result<Vec<_>>>()?;
+    remove_other_routes(&mut socket, &messages)?;
+    for (route, message) in routes.iter().zip(&messages) {
+        socket.add(message, || format!("set the route {}", describe(route)))?;
     }
-    remove_other_routes(&mut socket, &wanted)?;
+    let mut wanted = Vec::new();
     for neighbour in &request.neighbours {
         let message = neighbour_message(neighbour, by_name(&links, &neighbour.device)?)?;
         socket.request(&message, || {
             format!("set the neighbour {}", neighbour.address)
         })?;
+        wanted.push(message);
     }
-    Ok(())
+    remove_other_neighbours(&mut socket, &wanted)
 }
 
 fn links(socket: &mut Socket) -> Result<Vec<Link>> {
@@ -169,18 +181,7 @@ fn configure_interface(
         .iter()
         .map(|text| parse_cidr(text))
         .collect::<Result<Vec<_>>>()?;
-    let at = links
-        .iter()
-        .enumerate()
-        .filter(|(_, link)| link.mac == mac)
-        .min_by_key(|(_, link)| (link.software, link.index))
-        .map(|(at, _)| at)
-        .ok_or_else(|| {
-            Failure::invalid(format!(
-                "the guest has no network interface with the address {} for \"{}\"",
-                wanted.mac, wanted.name
-            ))
-        })?;
+    let at = device_of(links, wanted, &mac)?;
     if links[at].name != wanted.name {
         if let Some(other) = links.iter().position(|link| link.name == wanted.name) {
             make_way(socket, &mut links[other], all)?;
@@ -194,6 +195,12 @@ fn configure_interface(
             format!("set the MTU of {} to {}", wanted.name, wanted.mtu)
         })?;
     }
+    without_own_addresses(&wanted.name)?;
+    let no_arp = libc::IFF_NOARP.cast_unsigned();
+    let flags = if wanted.no_arp { no_arp } else { 0 };
+    socket.request(&link_message(index, flags, no_arp), || {
+        format!("set the flags of {}", wanted.name)
+    })?;
     bring_up(socket, index)?;
     remove_other_addresses(socket, index, &addresses)?;
     for (address, prefix) in addresses {
@@ -203,6 +210,42 @@ fn configure_interface(
         )?;
     }
     Ok(())
+}
+
+/// The index among `links` of the device that an interface of the request is.
+fn device_of(links: &[Link], wanted: &NetworkInterface, mac: &[u8]) -> Result<usize> {
+    let in_slot = match wanted.slot {
+        None => None,
+        Some(slot) => Some(device::network_interface(slot)?),
+    };
+    links
+        .iter()
+        .enumerate()
+        .filter(|(_, link)| match &in_slot {
+            Some(name) => link.name == *name,
+            None => link.mac == mac,
+        })
+        .min_by_key(|(_, link)| (link.software, link.index))
+        .map(|(at, _)| at)
+        .ok_or_else(|| {
+            Failure::invalid(format!(
+                "the guest has no network interface with the address {} for \"{}\"",
+                wanted.mac, wanted.name
+            ))
+        })
+}
+
+/// Keeps the kernel from making link-local addresses: those of the host's interface need not follow
+/// from its MAC.
+fn without_own_addresses(name: &str) -> Result<()> {
+    /// `IN6_ADDR_GEN_MODE_NONE`
+    const NONE: &str = "1";
+    let path = format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode");
+    match fs::write(&path, NONE) {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.during(|| format!("write {path}")),
+    }
 }
 
 /// Gives up a name that another interface of the request is to have.
@@ -256,8 +299,7 @@ fn remove_other_addresses(socket: &mut Socket, index: u32, wanted: &[(IpAddr, u8
         },
     )?;
     for (address, prefix) in found {
-        let own = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
-        if !own && !wanted.contains(&(address, prefix)) {
+        if !wanted.contains(&(address, prefix)) {
             socket.remove(
                 &address_message(RTM_DELADDR, 0, index, address, prefix),
                 || format!("remove the address {address}/{prefix}"),
@@ -290,6 +332,46 @@ fn remove_other_routes(socket: &mut Socket, wanted: &[Message]) -> Result<()> {
     Ok(())
 }
 
+/// Neighbours that an earlier request has set and this one has not go.
+fn remove_other_neighbours(socket: &mut Socket, wanted: &[Message]) -> Result<()> {
+    let wanted: Vec<NeighbourKey> = wanted
+        .iter()
+        .filter_map(|neighbour| neighbour_key(neighbour.body()))
+        .collect();
+    let mut others = Vec::new();
+    socket.dump(
+        &Message::new(RTM_GETNEIGH, 0, &[0; 12]),
+        || "list neighbours".to_owned(),
+        |kind, body| {
+            if kind == RTM_NEWNEIGH && neighbour_key(body).is_some_and(|key| !wanted.contains(&key))
+            {
+                others.push(body.to_vec());
+            }
+        },
+    )?;
+    for neighbour in others {
+        let message = Message::new(RTM_DELNEIGH, 0, &neighbour);
+        socket.remove(&message, || "remove an old neighbour".to_owned())?;
+    }
+    Ok(())
+}
+
+/// Family, interface and address of a neighbour.
+type NeighbourKey = (u8, u32, Vec<u8>);
+
+/// Of a `struct ndmsg` and its attributes; None unless this agent has made the neighbour.
+fn neighbour_key(body: &[u8]) -> Option<NeighbourKey> {
+    let (mut address, mut ours) = (None, false);
+    for (kind, value) in attributes(body.get(12..)?) {
+        match kind {
+            NDA_DST => address = Some(value.to_vec()),
+            NDA_PROTOCOL => ours = value == [RTPROT_STATIC],
+            _ => {}
+        }
+    }
+    ours.then_some((body[0], u32_at(body, 4), address?))
+}
+
 /// What tells one route from another.
 #[derive(Debug, PartialEq, Eq)]
 struct RouteKey {
@@ -298,6 +380,7 @@ struct RouteKey {
     destination: Vec<u8>,
     device: Vec<u8>,
     gateway: Vec<u8>,
+    source: Vec<u8>,
     priority: u32,
 }
 
@@ -312,6 +395,7 @@ fn key_of(body: &[u8]) -> Option<RouteKey> {
         destination: Vec::new(),
         device: Vec::new(),
         gateway: Vec::new(),
+        source: Vec::new(),
         priority: 0,
     };
     for (kind, value) in attributes(body.get(12..)?) {
@@ -319,6 +403,7 @@ fn key_of(body: &[u8]) -> Option<RouteKey> {
             RTA_DST => key.destination = value.to_vec(),
             RTA_OIF => key.device = value.to_vec(),
             RTA_GATEWAY | RTA_VIA => key.gateway = value.to_vec(),
+            RTA_PREFSRC => key.source = value.to_vec(),
             RTA_PRIORITY => key.priority = u32_at(value, 0),
             _ => {}
         }
@@ -427,7 +512,7 @@ fn route_message(route: &Route, device: u32) -> Result<Message> {
     fixed[4..8].copy_from_slice(&[RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST]);
     fixed[8..].copy_from_slice(&route.flags.to_ne_bytes());
     let mut message =
-        Message::new(RTM_NEWROUTE, SET, &fixed).attribute(RTA_OIF, &device.to_ne_bytes());
+        Message::new(RTM_NEWROUTE, ADD, &fixed).attribute(RTA_OIF, &device.to_ne_bytes());
     if let Some((address, 1..)) = destination {
         message = message.address(RTA_DST, address);
     }
@@ -473,7 +558,8 @@ fn neighbour_message(neighbour: &Neighbour, device: u32) -> Result<Message> {
     fixed[8..10].copy_from_slice(&state.to_ne_bytes());
     Ok(Message::new(RTM_NEWNEIGH, SET, &fixed)
         .address(NDA_DST, address)
-        .attribute(NDA_LLADDR, &mac))
+        .attribute(NDA_LLADDR, &mac)
+        .attribute(NDA_PROTOCOL, &[RTPROT_STATIC]))
 }
 
 fn family(address: IpAddr) -> u8 {

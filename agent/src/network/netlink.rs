@@ -24,6 +24,9 @@ const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
 /// Replace what is there (`NLM_F_REPLACE`), make it when nothing is (`NLM_F_CREATE`).
 pub const SET: u16 = 0x100 | 0x400;
+/// Add beside what is there (`NLM_F_CREATE`, `NLM_F_APPEND`): to replace a route would be to replace
+/// that of another interface to the same destination, too.
+pub const ADD: u16 = 0x400 | 0x800;
 /// Answer with all there are (`NLM_F_ROOT | NLM_F_MATCH`).
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_ACK_TLVS: u16 = 0x200;
@@ -217,6 +220,20 @@ impl Socket {
     pub fn request(&mut self, message: &Message, what: impl Fn() -> String) -> Result<()> {
         self.exchange(message, NLM_F_ACK, |_, _| {})
             .map_err(|refusal| refusal.failure(&what()))
+    }
+
+    /// As [`Socket::request`], but an object that is there already is no error.
+    ///
+    /// # Errors
+    /// What the kernel refuses otherwise.
+    pub fn add(&mut self, message: &Message, what: impl Fn() -> String) -> Result<()> {
+        match self.exchange(message, NLM_F_ACK, |_, _| {}) {
+            Err(Refusal {
+                errno: Errno::EXIST,
+                ..
+            }) => Ok(()),
+            result => result.map_err(|refusal| refusal.failure(&what())),
+        }
     }
 
     /// As [`Socket::request`], but an object that is not there is no error.

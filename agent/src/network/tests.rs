@@ -121,7 +121,11 @@ fn a_neighbour_stays_for_good_unless_told_otherwise() {
     );
     assert_eq!(
         values(&message, 12),
-        [(NDA_DST, vec![169, 254, 1, 1]), (NDA_LLADDR, vec![0xEE; 6])]
+        [
+            (NDA_DST, vec![169, 254, 1, 1]),
+            (NDA_LLADDR, vec![0xEE; 6]),
+            (NDA_PROTOCOL, vec![RTPROT_STATIC])
+        ]
     );
     neighbour.mac = "ee:ee:ee:ee:ee".to_owned();
     assert!(neighbour_message(&neighbour, 5).is_err());
@@ -187,7 +191,11 @@ fn the_kernel_takes_it() {
     };
     let mut request = Network {
         interfaces: vec![
-            interface("eth1", "02:00:00:00:00:01", &["10.9.0.2/24", "fd09::2/64"]),
+            interface(
+                "eth1",
+                "02:00:00:00:00:01",
+                &["10.9.0.2/24", "fd09::2/64", "fe80::99/64"],
+            ),
             interface("eth0", "02:00:00:00:00:02", &["10.8.0.2/32"]),
         ],
         // The gateway's own route comes last and is still set first.
@@ -195,6 +203,11 @@ fn the_kernel_takes_it() {
             on("eth0", route("", "10.8.0.1")),
             on("eth0", route("10.8.0.1/32", "")),
             on("eth1", route("fd09::/64", "")),
+            // The same destination by two interfaces.
+            on("eth1", route("fe80::/64", "")),
+            on("eth0", route("fe80::/64", "")),
+            on("eth1", route("10.7.0.0/16", "")),
+            on("eth0", route("10.7.0.0/16", "")),
             on(
                 "eth1",
                 Route {
@@ -228,26 +241,38 @@ fn the_kernel_takes_it() {
         "02:00:00:00:00:01",
         "10.9.0.2/24 brd 10.9.0.255",
         "fd09::2/64",
+        "fe80::99/64 scope link",
         "mtu 1400",
     ] {
         assert!(first.contains(part), "{part}: {first}");
     }
+    assert!(
+        !first.contains("fe80::ff:fe00:1/64"),
+        "the kernel makes no link-local address by itself: {first}"
+    );
     let routes = ip("-4 route");
     for part in [
         "default via 10.8.0.1 dev eth0",
         "10.8.0.1 dev eth0 proto static scope link",
+        "10.7.0.0/16 dev eth0",
+        "10.7.0.0/16 dev eth1",
         "10.10.0.0/16 via 169.254.1.1 dev eth1 proto static onlink",
     ] {
         assert!(routes.contains(part), "{part}: {routes}");
     }
     let routes = ip("-6 route");
+    assert!(routes.contains("fe80::/64 dev eth0") && routes.contains("fe80::/64 dev eth1"));
     assert!(routes.contains("fd10::/64 via fd09::1 dev eth1") && routes.contains("metric 50"));
     assert!(ip("neigh").contains("169.254.1.1 dev eth1 lladdr ee:ee:ee:ee:ee:ee PERMANENT"));
 
     // Another pod's addresses replace the first one's.
     request.interfaces[0].addresses = vec!["10.9.0.3/24".to_owned()];
     request.routes.clear();
+    request.neighbours.clear();
+    request.interfaces[1].no_arp = true;
     configure(&request).unwrap();
+    assert_eq!(ip("neigh show nud permanent"), "");
+    assert!(ip("link show eth0").contains("NOARP"));
     let first = ip("addr show eth1");
     assert!(
         first.contains("10.9.0.3/24") && !first.contains("10.9.0.2/") && !first.contains("fd09")

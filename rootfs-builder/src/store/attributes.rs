@@ -103,7 +103,11 @@ fn write(work: &WorkDir, tree: &Tree) -> Result<RecordedLayer> {
     let size = seal_layer(&path, &file)?;
     let staged = staged_layer(work, &diff_id);
     fs::rename(&path, &staged).map_err(Error::on("rename", &staged))?;
-    Ok(RecordedLayer { diff_id, size })
+    Ok(RecordedLayer {
+        diff_id,
+        size,
+        blob: None,
+    })
 }
 
 /// The directories without an entry, as a tree; in each the layers in which it has none, ascending.

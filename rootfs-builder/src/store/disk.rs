@@ -17,6 +17,7 @@ const VERSION_FILE: &str = "version";
 const LAYERS: &str = "layers";
 const IMAGES: &str = "images";
 const LEASES: &str = "leases";
+const BLOBS: &str = "blobs";
 const TEMPORARY: &str = "tmp";
 const LOCK: &str = "lock";
 
@@ -36,6 +37,14 @@ impl Store {
 
     pub(super) fn layer_path(&self, diff_id: &Digest) -> PathBuf {
         self.layers_dir().join(format!("{}.erofs", diff_id.hex()))
+    }
+
+    pub(super) fn blobs_dir(&self) -> PathBuf {
+        self.root.join(BLOBS)
+    }
+
+    pub(super) fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.blobs_dir().join(digest.hex())
     }
 
     pub(super) fn images_dir(&self) -> PathBuf {
@@ -59,6 +68,7 @@ impl Store {
         for dir in [
             self.root.clone(),
             self.layers_dir(),
+            self.blobs_dir(),
             self.images_dir(),
             self.leases_dir(),
             self.temporary_dir(),

@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use super::blobs::RecordedBlob;
 use super::disk::{names, read_text, remove_file, sync_dir};
 use super::references::References;
-use super::{Image, ImageSummary, LayerRef, Pruned, Removed, Store};
+use super::{Image, ImageSummary, LayerRef, Prune, Pruned, Removed, Store};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::reference::Reference;
@@ -36,6 +37,9 @@ pub(super) struct RecordedLayer {
     pub(super) diff_id: Digest,
     /// Length of the EROFS image in bytes.
     pub(super) size: u64,
+    /// As it came; none for a layer that the store has made, or that was loaded before blobs were kept.
+    #[serde(default)]
+    pub(super) blob: Option<RecordedBlob>,
 }
 
 /// How a name led to an image; removing depends on it.
@@ -98,10 +102,20 @@ impl Store {
                 reference: Box::new(reference.clone()),
             });
         }
+        self.name(name, std::slice::from_ref(reference))
+    }
+
+    /// Gives the image names with tags, and those with digests under which a registry has it.
+    ///
+    /// # Errors
+    /// Those of [`Store::get`].
+    pub fn name(&self, name: &str, names: &[Reference]) -> Result<()> {
         let _lock = self.lock()?;
         let mut references = self.read_references()?;
         let id = self.find(name, &references)?.id();
-        references.insert(reference.clone(), id);
+        for reference in names {
+            references.insert(reference.clone(), id);
+        }
         self.write_references(&references)
     }
 
@@ -137,9 +151,10 @@ impl Store {
         for reference in &untagged {
             references.remove(reference);
         }
-        if !untagged.is_empty() {
-            self.write_references(&references)?;
+        if last && !in_use {
+            references.forget(&id);
         }
+        self.write_references(&references)?;
         let mut removed = Removed {
             untagged,
             ..Removed::default()
@@ -147,22 +162,18 @@ impl Store {
         if last && !in_use {
             self.delete_image(&id)?;
             removed.deleted.push(id);
-            removed.deleted_layers = self
-                .delete_orphan_layers()?
-                .into_iter()
-                .map(|(layer, _)| layer)
-                .collect();
+            removed.deleted_layers = self.delete_orphan_layers()?.layers;
         }
         Ok(removed)
     }
 
-    /// Removes all images that have neither a name nor a container, and all layers that no image has.
+    /// Removes images that no container uses, and all layers that no image has; docker's `image prune`.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Busy`], [`Error::Corrupt`].
-    pub fn prune(&self) -> Result<Pruned> {
+    pub fn prune(&self, which: Prune) -> Result<Pruned> {
         let _lock = self.lock()?;
-        let references = self.read_references()?;
+        let mut references = self.read_references()?;
         let leased: BTreeSet<Digest> = self
             .leases()?
             .into_iter()
@@ -170,15 +181,25 @@ impl Store {
             .collect();
         let mut pruned = Pruned::default();
         for id in self.image_ids()? {
-            if references.of(&id).is_empty() && !leased.contains(&id) {
-                self.delete_image(&id)?;
-                pruned.deleted.push(id);
+            let names = references.of(&id);
+            if leased.contains(&id) || (which == Prune::Dangling && !names.is_empty()) {
+                continue;
             }
+            pruned.untagged.extend(names);
+            pruned.untagged.extend(references.digests_of(&id));
+            references.forget(&id);
+            pruned.deleted.push(id);
         }
-        for (layer, bytes) in self.delete_orphan_layers()? {
-            pruned.deleted_layers.push(layer);
-            pruned.freed += bytes;
+        // Names first: one of an image that is gone would be an error, an image without a name is none.
+        if !pruned.untagged.is_empty() {
+            self.write_references(&references)?;
         }
+        for id in &pruned.deleted {
+            self.delete_image(id)?;
+        }
+        let orphans = self.delete_orphan_layers()?;
+        pruned.deleted_layers = orphans.layers;
+        pruned.freed = orphans.freed;
         Ok(pruned)
     }
 
@@ -219,12 +240,14 @@ impl Store {
         reference: Reference,
         references: &References,
     ) -> Result<Option<Found>> {
+        let known = references.get(&reference);
         let Some(digest) = reference.digest() else {
-            return Ok(references
-                .get(&reference)
-                .map(|id| Found::ByName(reference, id)));
+            return Ok(known.map(|id| Found::ByName(reference, id)));
         };
-        // A name by digest is never stored: it means the image of that repository that came with that manifest.
+        if let Some(id) = known {
+            return Ok(Some(Found::ById(id)));
+        }
+        // An image that was not pulled: the one of that repository that came with that manifest.
         for id in references.in_repository(&reference) {
             if self
                 .read_record(&id)?
@@ -286,6 +309,7 @@ impl Store {
         for RecordedLayer {
             diff_id,
             size: length,
+            ..
         } in record.layers
         {
             let path = self.layer_path(&diff_id);
@@ -299,6 +323,7 @@ impl Store {
         Ok(Image {
             id: *id,
             references: references.of(id),
+            digests: references.digests_of(id),
             manifest_digest: record.manifest_digest,
             created: config.created().as_deref().and_then(parse_time),
             config,
@@ -336,36 +361,51 @@ impl Store {
         sync_dir(&self.images_dir())
     }
 
-    /// Removes the layers that no image has, and says how many bytes of disk each took. The caller holds the lock.
-    pub(super) fn delete_orphan_layers(&self) -> Result<Vec<(Digest, u64)>> {
-        let mut used = BTreeSet::new();
+    /// Removes the layers and blobs that no image has. The caller holds the lock.
+    pub(super) fn delete_orphan_layers(&self) -> Result<Orphans> {
+        let (mut layers, mut blobs) = (BTreeSet::new(), BTreeSet::new());
         for id in self.image_ids()? {
             let record = self.read_record(&id)?;
-            used.extend(
-                record
-                    .into_iter()
-                    .flat_map(|record| record.layers)
-                    .map(|layer| layer.diff_id),
-            );
-        }
-        let mut deleted = Vec::new();
-        for name in names(&self.layers_dir())? {
-            let Some(Ok(diff_id)) = name
-                .strip_suffix(".erofs")
-                .map(|hex| format!("sha256:{hex}").parse())
-            else {
-                continue;
-            };
-            if used.contains(&diff_id) {
-                continue;
+            for layer in record.into_iter().flat_map(|record| record.layers) {
+                layers.insert(layer.diff_id);
+                blobs.extend(layer.blob.map(|blob| blob.digest));
             }
-            let path = self.layer_path(&diff_id);
-            let bytes = fs::metadata(&path).map_or(0, |metadata| metadata.blocks() * 512);
-            remove_file(&path)?;
-            deleted.push((diff_id, bytes));
         }
-        Ok(deleted)
+        let mut orphans = Orphans::default();
+        for name in names(&self.layers_dir())? {
+            let diff_id = name.strip_suffix(".erofs").and_then(digest_of_hex);
+            if let Some(diff_id) = diff_id.filter(|diff_id| !layers.contains(diff_id)) {
+                orphans.freed += delete(&self.layer_path(&diff_id))?;
+                orphans.layers.push(diff_id);
+            }
+        }
+        for name in names(&self.blobs_dir())? {
+            let digest = digest_of_hex(&name);
+            if let Some(digest) = digest.filter(|digest| !blobs.contains(digest)) {
+                orphans.freed += delete(&self.blob_path(&digest))?;
+            }
+        }
+        Ok(orphans)
     }
+}
+
+/// What [`Store::delete_orphan_layers`] removed.
+#[derive(Debug, Default)]
+pub(super) struct Orphans {
+    pub(super) layers: Vec<Digest>,
+    /// Bytes of disk, those of blobs too.
+    pub(super) freed: u64,
+}
+
+fn digest_of_hex(hex: &str) -> Option<Digest> {
+    format!("sha256:{hex}").parse().ok()
+}
+
+/// Removes a file; the bytes of disk that it took.
+fn delete(path: &std::path::Path) -> Result<u64> {
+    let bytes = fs::metadata(path).map_or(0, |metadata| metadata.blocks() * 512);
+    remove_file(path)?;
+    Ok(bytes)
 }
 
 /// The time in an image configuration (RFC 3339); `None` when it is malformed, as nothing depends on it.

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use oci_spec::image::{Arch, ImageConfiguration, Os};
 
+use super::blobs::{Keeper, KeptBlobs, RecordedBlob, adopt};
 use super::images::{Record, RecordedLayer};
 use super::publish::{Prepared, seal_layer, staged_layer};
 use super::select::{Blob, Candidate, PLATFORM, candidates, read_member};
@@ -41,15 +42,22 @@ impl Store {
         if let Some(reference) = name {
             rename(&mut candidates, reference, &members)?;
         }
+        let mut kept = KeptBlobs::new();
         let prepared = candidates
             .into_iter()
-            .map(|image| self.prepare(&members, &work, image))
+            .map(|image| self.prepare(&members, &work, image, &mut kept))
             .collect::<Result<Vec<_>>>()?;
         self.publish(&work, &prepared)
     }
 
     /// Brings everything that the image needs into the work directory.
-    fn prepare(&self, members: &Members, work: &WorkDir, image: Candidate) -> Result<Prepared> {
+    pub(super) fn prepare(
+        &self,
+        members: &Members,
+        work: &WorkDir,
+        image: Candidate,
+        kept: &mut KeptBlobs,
+    ) -> Result<Prepared> {
         let config_json = read_member(
             members,
             "configuration",
@@ -64,8 +72,7 @@ impl Store {
         let mut budget = self.limits.image_bytes;
         let mut layers = Vec::with_capacity(diff_ids.len());
         for (blob, diff_id) in image.layers.iter().zip(diff_ids) {
-            let size = self.stage_layer(members, work, blob, &diff_id, &mut budget)?;
-            layers.push(RecordedLayer { diff_id, size });
+            layers.push(self.stage_layer(members, work, blob, &diff_id, &mut budget, kept)?);
         }
         layers.extend(self.stage_attributes(work, &layers)?);
         Ok(Prepared {
@@ -106,7 +113,7 @@ impl Store {
             .collect()
     }
 
-    /// Brings one layer into the work directory and says how long its EROFS image is in bytes.
+    /// Brings one layer and its blob into the work directory.
     fn stage_layer(
         &self,
         members: &Members,
@@ -114,16 +121,31 @@ impl Store {
         blob: &Blob,
         diff_id: &Digest,
         budget: &mut u64,
-    ) -> Result<u64> {
+        kept: &mut KeptBlobs,
+    ) -> Result<RecordedLayer> {
         let path = staged_layer(work, diff_id);
+        let recorded = |size, blob: &RecordedBlob| RecordedLayer {
+            diff_id: *diff_id,
+            size,
+            blob: Some(blob.clone()),
+        };
         // Images repeat layers, empty ones above all.
-        if let Ok(metadata) = fs::metadata(&path) {
-            return Ok(metadata.len());
+        if let (Some(blob), Ok(metadata)) = (kept.get(diff_id), fs::metadata(&path)) {
+            return Ok(recorded(metadata.len(), blob));
         }
-        match fs::hard_link(self.layer_path(diff_id), &path) {
-            Ok(()) => return Ok(fs::metadata(&path).map_err(Error::on("read", &path))?.len()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io("link", &path, error)),
+        // One whose blob was not kept is converted again, so that there is one from now on.
+        if let Some(blob) = self.hold_blob(work, diff_id)? {
+            match fs::hard_link(self.layer_path(diff_id), &path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::io("link", &path, error)),
+            }
+            if let Ok(metadata) = fs::metadata(&path) {
+                let layer = recorded(metadata.len(), &blob);
+                kept.insert(*diff_id, blob);
+                return Ok(layer);
+            }
         }
         let file = OpenOptions::new()
             .read(true)
@@ -132,12 +154,14 @@ impl Store {
             .mode(0o600)
             .open(&path)
             .map_err(Error::on("create", &path))?;
-        let length = self.convert(members, work, blob, diff_id, &file, *budget)?;
+        let (length, blob) = self.convert(members, work, blob, diff_id, &file, *budget)?;
         *budget = budget.saturating_sub(length);
-        seal_layer(&path, &file)
+        let layer = recorded(seal_layer(&path, &file)?, &blob);
+        kept.insert(*diff_id, blob);
+        Ok(layer)
     }
 
-    /// Converts a layer and verifies it; the length of the uncompressed tar in bytes.
+    /// Converts a layer and verifies it; the length of the uncompressed tar in bytes, and its blob.
     fn convert(
         &self,
         members: &Members,
@@ -146,7 +170,7 @@ impl Store {
         diff_id: &Digest,
         image: &File,
         budget: u64,
-    ) -> Result<u64> {
+    ) -> Result<(u64, RecordedBlob)> {
         let missing = || Error::MissingBlob {
             what: "layer",
             name: blob.member.clone(),
@@ -159,31 +183,28 @@ impl Store {
                 actual: length,
             });
         }
-        let spool = tempfile::tempfile_in(work.path())
-            .map_err(Error::on("create a file in", work.path()))?;
-        let (bound, bound_name) = self.layer_bound(length, budget);
-        let mut compressed = HashingReader::new(reader);
-        let converted =
-            decode_and_convert(&mut compressed, bound, image, spool, diff_id, &self.limits);
-        // Whatever a damaged blob did to the conversion, that it is damaged is what the user must know.
-        self.verify_compressed(compressed, blob, work)?;
-        match converted {
-            Ok((actual, _)) if actual != *diff_id => Err(Error::DigestMismatch {
-                what: format!("layer {diff_id} once uncompressed"),
-                expected: *diff_id,
-                actual,
-            }),
-            Ok((_, uncompressed)) => Ok(uncompressed),
-            Err(LayerError::TooLong) => Err(Error::Limit {
-                what: format!("layer {diff_id}: {bound_name}"),
-                limit: bound,
-            }),
-            Err(LayerError::Write(source)) => Err(Error::io("write", work.path(), source)),
-            Err(source) => Err(Error::Layer {
-                layer: *diff_id,
-                source,
-            }),
+        // What was pulled is in the work directory: nothing has to be written twice.
+        let adopted = match &blob.digest {
+            Some(digest) if members.is_in(work) => {
+                adopt(work, &work.path().join(&blob.member), digest, length)?
+            }
+            _ => None,
+        };
+        let conversion = Conversion {
+            store: self,
+            work,
+            blob,
+            diff_id,
+            image,
+            bound: self.layer_bound(length, budget),
+        };
+        if let Some(kept) = adopted {
+            let (_, uncompressed) = conversion.run(reader, &mut |_| None)?;
+            return Ok((uncompressed, kept));
         }
+        let keeper = Keeper::new(reader, work)?;
+        let (keeper, uncompressed) = conversion.run(keeper, &mut Keeper::failure)?;
+        Ok((uncompressed, keeper.finish(work)?))
     }
 
     /// How many bytes a layer may have uncompressed, and the name of that limit.
@@ -203,28 +224,66 @@ impl Store {
         .min_by_key(|(bound, _)| *bound)
         .unwrap_or((limits.layer_bytes, "uncompressed size in bytes"))
     }
+}
 
-    /// Reads what is left of a blob and checks its digest.
-    fn verify_compressed(
+/// The conversion of one layer.
+struct Conversion<'a> {
+    store: &'a Store,
+    work: &'a WorkDir,
+    blob: &'a Blob,
+    diff_id: &'a Digest,
+    image: &'a File,
+    /// Most bytes uncompressed, and the name of that limit.
+    bound: (u64, &'static str),
+}
+
+impl Conversion<'_> {
+    /// Reads all of the blob; its reader again, and the length of the uncompressed tar in bytes. `failure` tells what
+    /// the reader itself could not do, which is not the blob's fault.
+    fn run<R: Read>(
         &self,
-        mut blob_reader: HashingReader<impl Read>,
-        blob: &Blob,
-        work: &WorkDir,
-    ) -> Result<()> {
-        let Some(expected) = blob.digest else {
-            return Ok(());
-        };
-        io::copy(&mut blob_reader, &mut io::sink())
-            .map_err(Error::on("read a layer for", work.path()))?;
-        let (actual, _) = blob_reader.finish();
-        if actual != expected {
+        reader: R,
+        failure: &mut dyn FnMut(&mut R) -> Option<Error>,
+    ) -> Result<(R, u64)> {
+        let (work, diff_id) = (self.work, self.diff_id);
+        let (bound, bound_name) = self.bound;
+        let spool = tempfile::tempfile_in(work.path())
+            .map_err(Error::on("create a file in", work.path()))?;
+        let mut compressed = HashingReader::new(reader);
+        let limits = &self.store.limits;
+        let converted =
+            decode_and_convert(&mut compressed, bound, self.image, spool, diff_id, limits);
+        let drained = io::copy(&mut compressed, &mut io::sink());
+        let (mut reader, actual, _) = compressed.into_parts();
+        if let Some(error) = failure(&mut reader) {
+            return Err(error);
+        }
+        drained.map_err(Error::on("read a layer for", work.path()))?;
+        // Whatever a damaged blob did to the conversion, that it is damaged is what the user must know.
+        if let Some(expected) = self.blob.digest.filter(|&expected| expected != actual) {
             return Err(Error::DigestMismatch {
                 what: format!("layer {expected}"),
                 expected,
                 actual,
             });
         }
-        Ok(())
+        match converted {
+            Ok((actual, _)) if actual != *diff_id => Err(Error::DigestMismatch {
+                what: format!("layer {diff_id} once uncompressed"),
+                expected: *diff_id,
+                actual,
+            }),
+            Ok((_, uncompressed)) => Ok((reader, uncompressed)),
+            Err(LayerError::TooLong) => Err(Error::Limit {
+                what: format!("layer {diff_id}: {bound_name}"),
+                limit: bound,
+            }),
+            Err(LayerError::Write(source)) => Err(Error::io("write", work.path(), source)),
+            Err(source) => Err(Error::Layer {
+                layer: *diff_id,
+                source,
+            }),
+        }
     }
 }
 

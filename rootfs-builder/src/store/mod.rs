@@ -5,8 +5,9 @@
 //! |---|---|
 //! | `version` | the format of this table |
 //! | `layers/<diff id>.erofs` | one layer, read-only, named by its [`LayerRef::diff_id`] |
+//! | `blobs/<digest>` | one layer as it came, compressed: what [`Store::save`] writes |
 //! | `images/<id>/` | one image: `config.json` as it came, `record.json` (what we know of it) |
-//! | `references.json` | names to image ids |
+//! | `references.json` | names to image ids, by tag and by digest |
 //! | `leases/<container>` | the id of the image that the container uses |
 //! | `tmp/<random>/` | one running load; its owner holds an flock on it |
 //! | `lock` | flock: held exclusively by whoever changes any of the above |
@@ -24,14 +25,17 @@
 //! [`Store::open`] finds the directory without an owner and removes both.
 
 mod attributes;
+mod blobs;
 mod disk;
 mod images;
 mod leases;
 mod load;
 mod publish;
 mod references;
+mod save;
 mod select;
 mod source;
+mod staging;
 #[cfg(test)]
 mod tests;
 mod work;
@@ -46,7 +50,9 @@ use crate::error::Result;
 use crate::limits::Limits;
 use crate::reference::Reference;
 
+pub use select::{BlobRef, MAX_INDEX_DEPTH, Manifest, PLATFORM};
 pub use source::Source;
+pub use staging::Staging;
 
 /// A handle on an image store; cheap, and safe to use from several threads and processes at once.
 #[derive(Debug, Clone)]
@@ -63,6 +69,8 @@ pub struct Image {
     pub id: Digest,
     /// The names of the image, sorted. A dangling image has none.
     pub references: Vec<Reference>,
+    /// The names with digests under which it was pulled, sorted.
+    pub digests: Vec<Reference>,
     /// The digest of the manifest it was loaded with; docker archives of old have none.
     pub manifest_digest: Option<Digest>,
     /// The image configuration: entrypoint, environment, user and so on.
@@ -73,7 +81,7 @@ pub struct Image {
     /// The layers, bottom to top. They can be one more than the configuration's diff ids: a small one on top that
     /// gives directories the attributes that a layer without an entry for them would hide.
     pub layers: Vec<LayerRef>,
-    /// Bytes that the layers take on disk.
+    /// Bytes that the layers take on disk, without their blobs.
     pub size: u64,
     /// When the image was built, if it says so.
     pub created: Option<SystemTime>,
@@ -141,14 +149,25 @@ pub struct Removed {
     pub untagged: Vec<Reference>,
     /// Images that are gone.
     pub deleted: Vec<Digest>,
-    /// Layers that are gone, because no other image has them.
+    /// Layers that are gone, with their blobs, because no other image has them.
     pub deleted_layers: Vec<Digest>,
+}
+
+/// Which images [`Store::prune`] removes, of those that no container uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prune {
+    /// Those without a tag.
+    Dangling,
+    /// All.
+    Unused,
 }
 
 /// What [`Store::prune`] did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pruned {
-    /// Images without a name and without a container.
+    /// Names that are gone.
+    pub untagged: Vec<Reference>,
+    /// Images that are gone.
     pub deleted: Vec<Digest>,
     /// Layers that no image has any more.
     pub deleted_layers: Vec<Digest>,

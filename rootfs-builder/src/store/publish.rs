@@ -55,8 +55,12 @@ impl Store {
         let mut references = self.read_references()?;
         for layer in prepared.iter().flat_map(|image| &image.record.layers) {
             self.publish_layer(work, &layer.diff_id, layer.size)?;
+            if let Some(blob) = &layer.blob {
+                self.publish_blob(work, blob)?;
+            }
         }
         sync_dir(&self.layers_dir())?;
+        sync_dir(&self.blobs_dir())?;
         let mut loaded = Vec::new();
         for image in prepared {
             let new = self.publish_image(work, image)?;
@@ -94,7 +98,11 @@ impl Store {
         let dir = self.image_dir(&image.id);
         match self.read_record(&image.id) {
             Ok(Some(old)) => {
-                if old.manifest_digest.is_none() && image.record.manifest_digest.is_some() {
+                let kept =
+                    |record: &Record| record.layers.iter().filter_map(|l| l.blob.as_ref()).count();
+                let manifest =
+                    old.manifest_digest.is_none() && image.record.manifest_digest.is_some();
+                if manifest || kept(&image.record) > kept(&old) {
                     self.replace(&dir.join(RECORD), &record_json(&image.record, &dir)?)?;
                 }
                 return Ok(false);

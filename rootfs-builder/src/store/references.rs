@@ -15,24 +15,46 @@ use crate::reference::Reference;
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct References {
     references: BTreeMap<Reference, Digest>,
+    /// Those by digest alone, under which images were pulled: the digest can be that of an index.
+    #[serde(default)]
+    digests: BTreeMap<Reference, Digest>,
 }
 
 impl References {
-    /// The image that a name with a tag means.
+    /// The image that a name means.
     pub(super) fn get(&self, reference: &Reference) -> Option<Digest> {
-        self.references.get(reference).copied()
+        match reference.digest() {
+            Some(digest) => self.digests.get(&reference.by_digest(*digest)),
+            None => self.references.get(reference),
+        }
+        .copied()
     }
 
     /// Gives `reference` to `image`, taking it away from any other.
     pub(super) fn insert(&mut self, reference: Reference, image: Digest) {
-        self.references.insert(reference, image);
+        match reference.digest() {
+            Some(digest) => self.digests.insert(reference.by_digest(*digest), image),
+            None => self.references.insert(reference, image),
+        };
     }
 
     pub(super) fn remove(&mut self, reference: &Reference) {
         self.references.remove(reference);
     }
 
-    /// The names of `image`, sorted.
+    /// Forgets every name of an image.
+    pub(super) fn forget(&mut self, image: &Digest) {
+        self.references.retain(|_, id| id != image);
+        self.digests.retain(|_, id| id != image);
+    }
+
+    /// The names by digest of `image`, sorted.
+    pub(super) fn digests_of(&self, image: &Digest) -> Vec<Reference> {
+        let of_image = self.digests.iter().filter(|(_, id)| *id == image);
+        of_image.map(|(reference, _)| reference.clone()).collect()
+    }
+
+    /// The names by tag of `image`, sorted.
     pub(super) fn of(&self, image: &Digest) -> Vec<Reference> {
         self.references
             .iter()

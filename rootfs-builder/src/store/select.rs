@@ -12,9 +12,9 @@ use crate::limits::Limits;
 use crate::reference::{Reference, is_tag};
 
 /// The platform that our guests run.
-pub(super) const PLATFORM: &str = "linux/amd64";
+pub const PLATFORM: &str = "linux/amd64";
 /// Indexes within indexes; two are seen in practice.
-const MAX_INDEX_DEPTH: usize = 4;
+pub const MAX_INDEX_DEPTH: usize = 4;
 
 /// The annotation in which containerd and docker put the whole name.
 const ANNOTATION_IMAGE_NAME: &str = "io.containerd.image.name";
@@ -37,6 +37,32 @@ pub(super) struct Blob {
     pub(super) member: String,
     pub(super) digest: Option<Digest>,
     pub(super) size: Option<u64>,
+}
+
+/// A blob that has to be fetched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlobRef {
+    /// Its digest.
+    pub digest: Digest,
+    /// Its length in bytes, as promised.
+    pub size: u64,
+}
+
+/// What a registry answers when it is asked for an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Manifest {
+    /// An image.
+    Image {
+        /// The configuration.
+        config: BlobRef,
+        /// Bottom to top, as they are transferred.
+        layers: Vec<BlobRef>,
+    },
+    /// An index, whose entry for our platform is the manifest (or index) to go on with.
+    Index {
+        /// That entry.
+        next: BlobRef,
+    },
 }
 
 /// Finds the images of a source.
@@ -255,6 +281,75 @@ fn oci_candidate(
             .map(layer_blob)
             .collect::<Result<_>>()?,
         references,
+    })
+}
+
+/// The image of a manifest that is in a source as a blob.
+pub(super) fn staged_candidate(
+    members: &Members,
+    manifest: &Digest,
+    references: Vec<Reference>,
+    limits: &Limits,
+) -> Result<Candidate> {
+    let json = read_verified(members, "manifest", manifest, None, limits.manifest_bytes)?;
+    let parsed: ImageManifest = parse(members, &format!("manifest {manifest}"), &json)?;
+    oci_candidate(*manifest, &parsed, references)
+}
+
+/// Tells a manifest from an index, by its media type or, without one, by what it has.
+pub(super) fn read_manifest(name: &str, json: &[u8]) -> Result<Manifest> {
+    #[derive(Deserialize)]
+    struct Shape {
+        #[serde(rename = "mediaType")]
+        media_type: Option<String>,
+        #[serde(rename = "schemaVersion")]
+        version: Option<u32>,
+        manifests: Option<serde::de::IgnoredAny>,
+    }
+    let invalid = |error: serde_json::Error| Error::InvalidImage {
+        source_name: name.into(),
+        reason: error.to_string(),
+    };
+    let shape: Shape = serde_json::from_slice(json).map_err(invalid)?;
+    let is_index = match shape.media_type.as_deref() {
+        Some("application/vnd.oci.image.index.v1+json" | DOCKER_MANIFEST_LIST) => true,
+        Some("application/vnd.oci.image.manifest.v1+json" | DOCKER_MANIFEST) => false,
+        None if shape.version == Some(2) => shape.manifests.is_some(),
+        other => {
+            return Err(Error::UnknownMediaType {
+                what: name.to_owned(),
+                media_type: shorten(other.unwrap_or("image manifest, schema 1")),
+            });
+        }
+    };
+    if is_index {
+        let index: ImageIndex = serde_json::from_slice(json).map_err(invalid)?;
+        let mut found = Vec::new();
+        let next = best(index.manifests(), &mut found).ok_or(Error::WrongPlatform {
+            wanted: PLATFORM.to_owned(),
+            found,
+        })?;
+        return Ok(Manifest::Index {
+            next: blob_ref(next.digest().as_ref(), next.size())?,
+        });
+    }
+    let manifest: ImageManifest = serde_json::from_slice(json).map_err(invalid)?;
+    // Refuses media types that cannot be loaded, before anything is fetched.
+    oci_candidate(Digest::of(json), &manifest, Vec::new())?;
+    let config = manifest.config();
+    let layers = manifest.layers().iter();
+    Ok(Manifest::Image {
+        config: blob_ref(config.digest().as_ref(), config.size())?,
+        layers: layers
+            .map(|layer| blob_ref(layer.digest().as_ref(), layer.size()))
+            .collect::<Result<_>>()?,
+    })
+}
+
+fn blob_ref(digest: &str, size: u64) -> Result<BlobRef> {
+    Ok(BlobRef {
+        digest: sha256(digest)?,
+        size,
     })
 }
 

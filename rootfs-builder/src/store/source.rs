@@ -204,6 +204,11 @@ impl Members {
         Ok(Some(bytes))
     }
 
+    /// Whether the members are files of that work directory.
+    pub(super) fn is_in(&self, work: &WorkDir) -> bool {
+        matches!(self.kind, Kind::Directory(_)) && self.name == work.path()
+    }
+
     pub(super) fn invalid(&self, reason: String) -> Error {
         Error::InvalidImage {
             source_name: self.name.clone(),

@@ -31,8 +31,10 @@ impl Config {
             self.check_parameters(),
             self.check_vcpus(),
             self.check_memory(),
+            self.check_limits(),
             self.check_others(),
         ];
+        self.check_registries(settings)?;
         let Some((keys, reason)) = checks.into_iter().find_map(Result::err) else {
             return Ok(());
         };
@@ -41,7 +43,7 @@ impl Config {
         let key = keys.iter().find(set).or(keys.first()).unwrap_or(&"");
         Err(ConfigError::Value {
             origin: setting(key).map_or(Origin::Default, |setting| setting.origin.clone()),
-            key,
+            key: (*key).to_owned(),
             value: setting(key).map_or_else(String::new, |setting| setting.value.clone()),
             reason,
         })
@@ -148,6 +150,60 @@ impl Config {
         )
     }
 
+    fn check_limits(&self) -> Result<(), Broken> {
+        let bursts: [(&'static [&'static str], u64, u64); 4] = [
+            (
+                &["network_rx_burst_bytes", "network_rx_bytes_per_second"],
+                self.network_rx_burst_bytes,
+                self.network_rx_bytes_per_second,
+            ),
+            (
+                &["network_rx_burst_packets", "network_rx_packets_per_second"],
+                self.network_rx_burst_packets,
+                self.network_rx_packets_per_second,
+            ),
+            (
+                &["network_tx_burst_bytes", "network_tx_bytes_per_second"],
+                self.network_tx_burst_bytes,
+                self.network_tx_bytes_per_second,
+            ),
+            (
+                &["network_tx_burst_packets", "network_tx_packets_per_second"],
+                self.network_tx_burst_packets,
+                self.network_tx_packets_per_second,
+            ),
+        ];
+        for (keys, burst, rate) in bursts {
+            ensure(burst == 0 || rate > 0, keys, || {
+                format!("a burst needs a rate: set {}", keys.join(" and "))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn check_registries(&self, settings: &[Setting]) -> Result<(), ConfigError> {
+        for (name, registry) in &self.registries {
+            let reason = if !is_authority(name) {
+                "a registry is named by its host and, if need be, port".to_owned()
+            } else if let Some(mirror) = registry.mirrors.iter().find(|url| !is_mirror(url)) {
+                format!(
+                    "the mirror {mirror:?} is no http:// or https:// with a host and port alone"
+                )
+            } else {
+                continue;
+            };
+            let end = format!(".{}", toml::Value::from(name.as_str()));
+            let setting = settings.iter().find(|setting| setting.key.ends_with(&end));
+            return Err(ConfigError::Value {
+                origin: setting.map_or(Origin::Default, |setting| setting.origin.clone()),
+                key: setting.map_or_else(|| name.clone(), |setting| setting.key.clone()),
+                value: setting.map_or_else(String::new, |setting| setting.value.clone()),
+                reason,
+            });
+        }
+        Ok(())
+    }
+
     fn check_others(&self) -> Result<(), Broken> {
         ensure(
             self.host_overhead_millicpus <= 1_000_000,
@@ -166,6 +222,19 @@ impl Config {
             || "the user ids must lie from 1 to 4294967293, and be one at least".into(),
         )
     }
+}
+
+/// A host and, if need be, port, as they stand in an image's name.
+fn is_authority(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-:[]".contains(&byte);
+    !text.is_empty() && text.len() <= 255 && text.bytes().all(allowed)
+}
+
+fn is_mirror(url: &str) -> bool {
+    let rest = url
+        .strip_prefix("https://")
+        .or_else(|| url.strip_prefix("http://"));
+    rest.is_some_and(|rest| is_authority(rest.strip_suffix('/').unwrap_or(rest)))
 }
 
 fn ensure(
@@ -218,7 +287,20 @@ mod tests {
             ),
             ("upper_disk_mib = 15", "upper_disk_mib = 15: "),
             ("uid_base = 0", "uid_base = 0: "),
+            (
+                "network_tx_burst_packets = 5",
+                "network_tx_burst_packets = 5: a burst needs a rate: set network_tx_burst_packets \
+                 and network_tx_packets_per_second",
+            ),
             ("uid_count = 0", "uid_count = 0: "),
+            (
+                "registries.\"docker.io\" = { mirrors = [\"m.example\"] }",
+                "the mirror \"m.example\" is no http",
+            ),
+            (
+                "registries.\"docker.io/library\" = { insecure = true }",
+                "named by its host",
+            ),
             ("uid_base = 4294967290", "uid_base = 4294967290: "),
         ] {
             let message = message(text);

@@ -18,14 +18,17 @@ pub fn merged(directory: &Path) -> Result<Effective, ConfigError> {
     for path in list(directory)? {
         let Some(text) = read(&path)? else { continue };
         for (key, value, line) in parse(&path, &text)? {
-            origins.insert(
-                key.clone(),
-                Origin::File {
-                    path: path.clone(),
-                    line,
-                },
-            );
-            table.insert(key, value);
+            let origin = |line| Origin::File {
+                path: path.clone(),
+                line,
+            };
+            if key == REGISTRIES {
+                for (name, start) in registry_lines(&text) {
+                    origins.insert(registry_key(&name), origin(line_at(&text, start)));
+                }
+            }
+            origins.insert(key.clone(), origin(line));
+            insert(&mut table, &key, value);
         }
         files.push(path);
     }
@@ -81,12 +84,49 @@ fn read(path: &Path) -> Result<Option<String>, ConfigError> {
     }
 }
 
+/// The table whose entries are settings of their own: `registries."NAME"`.
+const REGISTRIES: &str = "registries";
+
+/// The setting of one registry, as a key of TOML.
+fn registry_key(name: &str) -> String {
+    format!("{REGISTRIES}.{}", Value::from(name))
+}
+
+fn insert(table: &mut Table, key: &str, value: Value) {
+    let registries = match value {
+        Value::Table(registries) if key == REGISTRIES => registries,
+        value => {
+            table.insert(key.to_owned(), value);
+            return;
+        }
+    };
+    let all = table
+        .entry(REGISTRIES)
+        .or_insert(Value::Table(Table::new()));
+    if let Value::Table(all) = all {
+        all.extend(registries);
+    }
+}
+
+/// Lines of the registries' settings in a file.
+fn registry_lines(text: &str) -> BTreeMap<String, usize> {
+    #[derive(serde::Deserialize)]
+    struct File {
+        #[serde(default)]
+        registries: BTreeMap<String, Spanned<Value>>,
+    }
+    // What is wrong with the file is told by whoever reads all of it.
+    let file: Option<File> = toml::from_str(text).ok();
+    let registries = file.map(|file| file.registries).unwrap_or_default();
+    registries
+        .into_iter()
+        .map(|(name, value)| (name, value.span().start))
+        .collect()
+}
+
 /// Keys of a file with their values and lines; every one is known and of the right type.
 fn parse(path: &Path, text: &str) -> Result<Vec<(String, Value, usize)>, ConfigError> {
-    let line_at = |offset: usize| {
-        let before = text.as_bytes().iter().take(offset);
-        before.filter(|byte| **byte == b'\n').count() + 1
-    };
+    let line_at = |offset| line_at(text, offset);
     let origin = |line| Origin::File {
         path: path.to_owned(),
         line,
@@ -114,22 +154,40 @@ fn parse(path: &Path, text: &str) -> Result<Vec<(String, Value, usize)>, ConfigE
     Ok(parsed)
 }
 
+fn line_at(text: &str, offset: usize) -> usize {
+    let before = text.as_bytes().iter().take(offset);
+    before.filter(|byte| **byte == b'\n').count() + 1
+}
+
 fn settings(
     directory: &Path,
     config: &Config,
     origins: &BTreeMap<String, Origin>,
 ) -> Result<Vec<Setting>, ConfigError> {
     // A path that is not UTF-8 cannot come from a file, but from where the program is installed.
-    let text = toml::to_string(config).map_err(|error| ConfigError::Read {
+    let failed = |error: toml::ser::Error| ConfigError::Read {
         path: directory.to_owned(),
         source: io::Error::other(error),
-    })?;
-    let pairs = text.lines().filter_map(|line| line.split_once(" = "));
+    };
+    let plain = Config {
+        registries: BTreeMap::new(),
+        ..config.clone()
+    };
+    let text = toml::to_string(&plain).map_err(failed)?;
+    let lines = text.lines().filter_map(|line| line.split_once(" = "));
+    let mut pairs: Vec<(String, String)> = lines
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
+    for (name, registry) in &config.registries {
+        let value = Value::try_from(registry).map_err(failed)?;
+        pairs.push((registry_key(name), value.to_string()));
+    }
     Ok(pairs
+        .into_iter()
         .map(|(key, value)| Setting {
-            key: key.to_owned(),
-            value: value.to_owned(),
-            origin: origins.get(key).cloned().unwrap_or(Origin::Default),
+            origin: origins.get(&key).cloned().unwrap_or(Origin::Default),
+            key,
+            value,
         })
         .collect())
 }
@@ -219,6 +277,41 @@ mod tests {
             .map(|s| format!("{} = {}\n", s.key, s.value));
         let again = Files::new(&[("config.toml", &lines.collect::<String>())]);
         assert_eq!(again.load().unwrap().config, first.config);
+    }
+
+    #[test]
+    fn registries_are_overridden_one_by_one() {
+        let files = Files::new(&[
+            (
+                "config.toml",
+                "max_vcpus = 5\n\n[registries.\"docker.io\"]\nmirrors = [\"http://10.0.0.1:5000\"]\n\
+                 [registries.\"r.example:5000\"]\ninsecure = true\n",
+            ),
+            (
+                "config.d/10-a.toml",
+                "[registries]\n\"docker.io\" = { mirrors = [\"https://m.example\"] }\n",
+            ),
+        ]);
+        let effective = files.load().unwrap();
+        let registries = &effective.config.registries;
+        assert_eq!(registries["docker.io"].mirrors, ["https://m.example"]);
+        assert!(registries["r.example:5000"].insecure);
+        let of = |key: &str| effective.settings.iter().find(|s| s.key == key).unwrap();
+        let docker = of("registries.\"docker.io\"");
+        assert_eq!(
+            docker.value,
+            "{ insecure = false, mirrors = [\"https://m.example\"] }"
+        );
+        assert!(docker.origin.to_string().ends_with("10-a.toml:2"));
+        let other = of("registries.\"r.example:5000\"").origin.to_string();
+        assert!(other.ends_with("config.toml:5"), "{other}");
+        // What is printed can be read again.
+        let lines = effective.settings.iter();
+        let lines = lines.map(|s| format!("{} = {}\n", s.key, s.value));
+        let again = Files::new(&[("config.toml", &lines.collect::<String>())]);
+        assert_eq!(again.load().unwrap().config, effective.config);
+        let wrong = message("[registries.\"x\"]\nmirror = []\n");
+        assert!(wrong.contains("mirror"), "{wrong}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod check;
 mod files;
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     path::{Path, PathBuf},
 };
@@ -48,7 +49,7 @@ pub enum ConfigError {
         /// The file and line.
         origin: Origin,
         /// Which.
-        key: &'static str,
+        key: String,
         /// As given.
         value: String,
         /// Why not.
@@ -146,10 +147,40 @@ pub struct Config {
     pub host_overhead_millicpus: u32,
     /// Size of a container's writable layer, MiB; sparse, so only what is written counts.
     pub upper_disk_mib: u32,
+    /// The host's kernel moves the frames of interfaces without a limit, where it has vhost-net.
+    pub vhost_net: bool,
+    /// Most bytes a second that pass each interface to the pod; 0 = unlimited.
+    pub network_rx_bytes_per_second: u64,
+    /// Bytes that pass at once after idle time; 0 = a tenth of a second's.
+    pub network_rx_burst_bytes: u64,
+    /// Most packets a second, to the pod; 0 = unlimited.
+    pub network_rx_packets_per_second: u64,
+    /// Packets that pass at once after idle time; 0 = a tenth of a second's.
+    pub network_rx_burst_packets: u64,
+    /// Most bytes a second that pass each interface from the pod; 0 = unlimited.
+    pub network_tx_bytes_per_second: u64,
+    /// Bytes that pass at once after idle time; 0 = a tenth of a second's.
+    pub network_tx_burst_bytes: u64,
+    /// Most packets a second, from the pod; 0 = unlimited.
+    pub network_tx_packets_per_second: u64,
+    /// Packets that pass at once after idle time; 0 = a tenth of a second's.
+    pub network_tx_burst_packets: u64,
     /// First of the user ids that VMMs run as, each one its own.
     pub uid_base: u32,
     /// How many there are.
     pub uid_count: u32,
+    /// Registries that images are pulled from otherwise than by their name alone, by host and port.
+    pub registries: BTreeMap<String, Registry>,
+}
+
+/// How one registry is reached.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Registry {
+    /// Tried before it, in this order: `http://` or `https://`, host and port.
+    pub mirrors: Vec<String>,
+    /// Its certificate is not verified, and plain HTTP will do.
+    pub insecure: bool,
 }
 
 /// `<prefix>` of an executable at `<prefix>/bin/x` or `<prefix>/libexec/caisson/x`.
@@ -187,8 +218,18 @@ impl Default for Config {
             host_overhead_mib: 128,
             host_overhead_millicpus: 250,
             upper_disk_mib: 16 * 1024,
+            vhost_net: false,
+            network_rx_bytes_per_second: 0,
+            network_rx_burst_bytes: 0,
+            network_rx_packets_per_second: 0,
+            network_rx_burst_packets: 0,
+            network_tx_bytes_per_second: 0,
+            network_tx_burst_bytes: 0,
+            network_tx_packets_per_second: 0,
+            network_tx_burst_packets: 0,
             uid_base: 2_000_000_000,
             uid_count: 65_536,
+            registries: BTreeMap::new(),
         }
     }
 }

@@ -7,8 +7,11 @@ use futures_util::TryStreamExt;
 use rtnetlink::{
     Handle, IpVersion, RouteMessageBuilder,
     packet_route::{
-        address::AddressAttribute,
-        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+        address::{AddressAttribute, AddressFlags},
+        link::{
+            InfoData, InfoIpVlan, InfoKind, IpVlanMode, LinkAttribute, LinkFlags, LinkInfo,
+            LinkLayerType, LinkMessage,
+        },
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState},
         route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType, RouteVia},
     },
@@ -40,6 +43,10 @@ pub struct Link {
     pub mac: [u8; 6],
     /// Bytes.
     pub mtu: u32,
+    /// It resolves no addresses (`IFF_NOARP`).
+    no_arp: bool,
+    /// Why its frames cannot be had, if so.
+    pub unusable: Option<&'static str>,
     addresses: Vec<(IpAddr, u8)>,
 }
 
@@ -99,6 +106,8 @@ fn link(message: &LinkMessage) -> Option<Link> {
         name: String::new(),
         mac: [0; 6],
         mtu: 1500,
+        no_arp: header.flags.contains(LinkFlags::Noarp),
+        unusable: None,
         addresses: Vec::new(),
     };
     for attribute in &message.attributes {
@@ -107,6 +116,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Address(address) => link.mac = address.as_slice().try_into().ok()?,
             LinkAttribute::LinkInfo(infos) if !infos.iter().all(can_be_taken) => return None,
+            LinkAttribute::LinkInfo(infos) => link.unusable = infos.iter().find_map(unusable),
             _ => {}
         }
     }
@@ -117,6 +127,19 @@ fn can_be_taken(info: &LinkInfo) -> bool {
     !matches!(
         info,
         LinkInfo::Kind(InfoKind::Bridge | InfoKind::Dummy | InfoKind::Ifb)
+    )
+}
+
+fn unusable(info: &LinkInfo) -> Option<&'static str> {
+    let LinkInfo::Data(InfoData::IpVlan(data)) = info else {
+        return None;
+    };
+    let l3s = data
+        .iter()
+        .any(|one| matches!(one, InfoIpVlan::Mode(IpVlanMode::L3S)));
+    l3s.then_some(
+        "is an ipvlan of the mode l3s, whose packets come to it without frames: \
+         use the mode l2 or l3",
     )
 }
 
@@ -142,13 +165,18 @@ async fn read_addresses(handle: &Handle, layout: &mut Layout) -> Result<(), Erro
                     _ => None,
                 })
         };
+        let taken = message.attributes.iter().any(|attribute| {
+            matches!(attribute, AddressAttribute::Flags(flags)
+                if flags.contains(AddressFlags::Dadfailed))
+        });
+        if taken {
+            // Somebody else has it, and the namespace does not use it.
+            continue;
+        }
         let Some(address) = find(true).or_else(|| find(false)) else {
             continue;
         };
-        // The guest makes the same one from the same MAC.
-        if !matches!(address, IpAddr::V6(address) if address.is_unicast_link_local()) {
-            link.addresses.push((address, message.header.prefix_len));
-        }
+        link.addresses.push((address, message.header.prefix_len));
     }
     Ok(())
 }
@@ -212,9 +240,8 @@ fn route(message: &RouteMessage, ipv6: bool) -> Option<Route> {
             _ => {}
         }
     }
-    // The guest's kernel makes those of its link-local addresses and of multicast.
-    let own = matches!(route.destination, Some((IpAddr::V6(address), _))
-        if address.is_unicast_link_local() || address.is_multicast());
+    // The guest's kernel makes those of multicast.
+    let own = matches!(route.destination, Some((IpAddr::V6(address), _)) if address.is_multicast());
     (table == MAIN_TABLE && header.kind == RouteType::Unicast && !own).then_some(route)
 }
 
@@ -271,8 +298,8 @@ pub fn mac(octets: [u8; 6]) -> String {
 }
 
 impl Layout {
-    /// For the agent.
-    pub fn to_proto(&self) -> agent::Network {
+    /// For the agent. `slots` are those of the interfaces' devices, by their indexes.
+    pub fn to_proto(&self, slots: impl Fn(u32) -> Option<u32>) -> agent::Network {
         let name = |index: u32| {
             let link = self.links.iter().find(|link| link.index == index);
             link.map(|link| link.name.clone()).unwrap_or_default()
@@ -284,6 +311,8 @@ impl Layout {
             mac: mac(link.mac),
             mtu: link.mtu,
             addresses: link.addresses.iter().map(cidr).collect(),
+            slot: slots(link.index),
+            no_arp: link.no_arp,
             ..Default::default()
         });
         let routes = self.routes.iter().map(|route| agent::Route {

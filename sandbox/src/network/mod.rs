@@ -6,16 +6,27 @@
 //! interface has the name, MAC, MTU, addresses, routes and permanent neighbours of the one it
 //! stands for. The host's own stack in the namespace sees no frame any more.
 //!
-//! [`layout`] reads the namespace, [`namespace`] enters it, [`redirect`] and [`tap`] change it.
+//! [`layout`] reads the namespace, [`namespace`] enters it, [`redirect`] and [`tap`] change it,
+//! [`forward`] takes connections to its loopback, which [`steering`] leads there.
 
+mod forward;
 mod layout;
+mod limits;
 mod namespace;
 mod redirect;
+mod steering;
 mod tap;
 
-use std::{collections::BTreeMap, os::fd::OwnedFd, path::Path};
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
 
+use forward::Forward;
 pub use layout::{Layout, Link, mac};
+pub use limits::InterfaceLimits;
 use namespace::Namespace;
 
 use crate::error::Error;
@@ -26,6 +37,7 @@ pub struct Network {
     taken: BTreeMap<u32, Taken>,
     /// As the guest was last told.
     told: Layout,
+    forward: Option<Forward>,
 }
 
 /// An interface that the guest has.
@@ -47,6 +59,19 @@ pub struct Difference {
     pub new: Vec<Link>,
 }
 
+/// Two microVMs cannot stand for one interface.
+fn in_use(error: Error, interface: &str) -> Error {
+    match error {
+        Error::Io { source, .. } if source.kind() == io::ErrorKind::ResourceBusy => {
+            Error::Unsupported(format!(
+                "another microVM has the interface {interface} of this network namespace: \
+                 containers that share a network belong into one pod"
+            ))
+        }
+        other => other,
+    }
+}
+
 impl Network {
     /// Enters the namespace at `path`. It stays alive as long as this does.
     ///
@@ -58,7 +83,18 @@ impl Network {
             taken: BTreeMap::new(),
             // A guest starts with nothing.
             told: Layout::default(),
+            forward: None,
         })
+    }
+
+    /// Takes connections to the namespace's loopback to that of the guest whose ports are behind the
+    /// unix socket `vsock`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub async fn forward_loopback(&mut self, vsock: PathBuf) -> Result<(), Error> {
+        self.forward = Some(Forward::start(&self.namespace, vsock).await?);
+        Ok(())
     }
 
     /// News of the namespace; once.
@@ -100,8 +136,14 @@ impl Network {
     /// Puts a tap of `queues` queues beside an interface, and returns its descriptors.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The interface's frames cannot be had, or the kernel's.
     pub async fn connect(&self, link: &Link, queues: u8) -> Result<Vec<OwnedFd>, Error> {
+        if let Some(why) = link.unusable {
+            return Err(Error::Unsupported(format!(
+                "the network interface {} {why}",
+                link.name
+            )));
+        }
         let name = tap::name_beside(link.index);
         let made = name.clone();
         let (taps, index) = self
@@ -109,7 +151,8 @@ impl Network {
             .run(format!("make the tap {name}"), move || {
                 tap::create(&made, queues)
             })
-            .await?;
+            .await
+            .map_err(|error| in_use(error, &link.name))?;
         let handle = self.namespace.handle();
         tap::bring_up(handle, index, &name, link.mtu).await?;
         redirect::both(handle, link, index).await?;
@@ -135,12 +178,18 @@ impl Network {
         }
     }
 
-    /// Gives all interfaces back.
+    /// Gives all interfaces, and the loopback, back.
     pub async fn release_all(&mut self) {
+        self.forward = None;
         for index in self.taken.keys().copied().collect::<Vec<_>>() {
             self.release(index).await;
         }
         self.told = Layout::default();
+    }
+
+    /// Slot of the device that stands for the interface of this index.
+    pub fn slot_of(&self, index: u32) -> Option<u32> {
+        self.taken.get(&index).map(|taken| taken.slot)
     }
 
     /// Remembers what the guest has been told.

@@ -36,6 +36,7 @@ impl Namespace {
             let _context = runtime.enter();
             new_multicast_connection(&[
                 MulticastGroup::Link,
+                MulticastGroup::Neigh,
                 MulticastGroup::Ipv4Ifaddr,
                 MulticastGroup::Ipv6Ifaddr,
                 MulticastGroup::Ipv4Route,
@@ -53,6 +54,10 @@ impl Namespace {
 
     pub fn handle(&self) -> &Handle {
         &self.handle
+    }
+
+    pub fn file(&self) -> Arc<File> {
+        self.file.clone()
     }
 
     pub fn take_changes(&mut self) -> Option<Changes> {

@@ -26,9 +26,19 @@ pub fn is_ours(name: &str) -> bool {
 
 /// Makes a tap in the calling thread's namespace; it lives as long as its descriptors. Also tells
 /// its index.
+///
+/// # Errors
+/// `ResourceBusy` when there is one of that name; others of the kernel's.
 pub fn create(name: &str, queues: u8) -> io::Result<(Vec<OwnedFd>, u32)> {
+    let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    // Without EXCL the kernel would add a queue to a tap that another sandbox has made.
     let taps = (0..queues.max(1))
-        .map(|_| queue(name, queues > 1))
+        .map(|index| {
+            queue(
+                name,
+                several | if index == 0 { libc::IFF_TUN_EXCL } else { 0 },
+            )
+        })
         .collect::<io::Result<Vec<_>>>()?;
     // The namespace's own stack must not speak on it. Kernels without IPv6 have no such file.
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
@@ -41,7 +51,7 @@ pub fn create(name: &str, queues: u8) -> io::Result<(Vec<OwnedFd>, u32)> {
     Ok((taps, index))
 }
 
-fn queue(name: &str, several: bool) -> io::Result<OwnedFd> {
+fn queue(name: &str, more: libc::c_int) -> io::Result<OwnedFd> {
     let tap = File::options()
         .read(true)
         .write(true)
@@ -55,10 +65,7 @@ fn queue(name: &str, several: bool) -> io::Result<OwnedFd> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if several {
-        flags |= libc::IFF_MULTI_QUEUE;
-    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which `request` is.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) };

@@ -130,7 +130,7 @@ pub(super) async fn boot(
     let listener =
         UnixListener::bind(&vsock).map_err(Error::io(format!("listen on {}", vsock.display())))?;
     let begin = Instant::now();
-    let vmm = Arc::new(Vmm::spawn(&config.vmm, uid)?);
+    let vmm = Arc::new(Vmm::spawn(&config.vmm, uid, &spec.id)?);
     if let Some(resource) = process(vmm.pid()) {
         record.add(resource)?;
     }
@@ -280,6 +280,8 @@ async fn configure(agent: &Agent, spec: &SandboxSpec) -> Result<(), Error> {
         dns_servers: spec.dns_servers.clone(),
         dns_searches: spec.dns_searches.clone(),
         dns_options: spec.dns_options.clone(),
+        extra_hosts: spec.extra_hosts.clone(),
+        sysctls: spec.sysctls.clone(),
         shared_pid_namespace: spec.shared_pid_namespace,
         ..Default::default()
     };

@@ -2,7 +2,7 @@
 
 use std::{fs::File, os::fd::AsFd, sync::PoisonError};
 
-use caisson_fs::Share;
+use caisson_fs::{ReadOnly, Share};
 use caisson_protocol::{
     SHARE_PREFIX,
     agent::{CreateContainerRequest, Layer, Rootfs, layer::Source, rootfs::Upper as WireUpper},
@@ -13,7 +13,7 @@ use super::{
     ContainerSpec, Created, Holdings, RootfsSource, Sandbox, Upper, blocking,
     process::stdio_message,
 };
-use crate::{disk, error::Error, size::Limits, spec};
+use crate::{disk, error::Error, shares::has_mounts, size::Limits, spec};
 
 /// Most layers of an image (the GPT the VMM makes up has room for so many).
 const MAX_LAYERS: usize = 120;
@@ -58,12 +58,17 @@ impl Sandbox {
     ) -> Result<Created, Error> {
         for bind in spec::host_binds(&spec) {
             let share = Share {
+                recursive: bind.recursive,
                 read_only: bind.read_only,
                 set_id: false,
             };
             let entry = self.share(&bind.source, share, holdings).await?;
+            if bind.recursive && bind.read_only == ReadOnly::Mount && has_mounts(&bind.source) {
+                spec::leave_read_only_to_host(&mut spec, bind.mount);
+            }
             spec::use_share(&mut spec, bind.mount, &entry);
         }
+        self.attach_volumes(&mut spec, holdings).await?;
         let rootfs = self.rootfs(&request.rootfs, holdings).await?;
         let spec_json =
             serde_json::to_vec(&spec).map_err(|error| Error::Invalid(error.to_string()))?;
@@ -106,7 +111,8 @@ impl Sandbox {
         match source {
             RootfsSource::Directory(path) => {
                 let share = Share {
-                    read_only: false,
+                    recursive: true,
+                    read_only: ReadOnly::Nothing,
                     set_id: true,
                 };
                 let entry = self.share(path, share, holdings).await?;
@@ -122,7 +128,8 @@ impl Sandbox {
                 let contents = BlockContents::File(Fd(0));
                 let disk = self
                     .attach_disk("root", contents, *read_only, &[file.as_fd()], holdings)
-                    .await?;
+                    .await?
+                    .device;
                 rootfs.upper = Some(if *read_only {
                     WireUpper::Ext4RootReadOnly(disk)
                 } else {
@@ -149,7 +156,8 @@ impl Sandbox {
                 let contents = BlockContents::Partitions(indexes.collect());
                 let disk = self
                     .attach_disk("layers", contents, true, &descriptors, holdings)
-                    .await?;
+                    .await?
+                    .device;
                 for number in 1..=files.len() {
                     rootfs.layers.push(Layer {
                         source: Some(Source::ErofsDevice(format!("{disk}{number}"))),
@@ -163,10 +171,10 @@ impl Sandbox {
                         let (directory, mib) = (self.config.state_dir.join("uppers"), *mib);
                         let upper = blocking(move || disk::fresh(&directory, mib)).await?;
                         let contents = BlockContents::File(Fd(0));
-                        WireUpper::Ext4Device(
-                            self.attach_disk("upper", contents, false, &[upper.as_fd()], holdings)
-                                .await?,
-                        )
+                        let disk = self
+                            .attach_disk("upper", contents, false, &[upper.as_fd()], holdings)
+                            .await?;
+                        WireUpper::Ext4Device(disk.device)
                     }
                 });
             }

@@ -9,7 +9,9 @@ use std::{
 use caisson_fs::Share;
 use caisson_protocol::{
     SHARE_TAG,
-    agent::{BindDeviceRequest, UnbindDeviceRequest, bind_device_request::Expect},
+    agent::{
+        BindDeviceRequest, BindDeviceResponse, UnbindDeviceRequest, bind_device_request::Expect,
+    },
 };
 use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig, Fd, Request, Response};
 
@@ -22,7 +24,7 @@ use crate::{
 };
 
 impl Sandbox {
-    /// Attaches a disk and returns its node in the guest.
+    /// Attaches a disk and returns what the guest calls it.
     pub(super) async fn attach_disk(
         &self,
         kind: &str,
@@ -30,7 +32,7 @@ impl Sandbox {
         read_only: bool,
         fds: &[BorrowedFd<'_>],
         holdings: &mut Holdings,
-    ) -> Result<String, Error> {
+    ) -> Result<BindDeviceResponse, Error> {
         let serial = format!("{kind}-{}", holdings.slots.len());
         let device = DeviceConfig::Block(BlockConfig {
             serial: serial.clone(),
@@ -40,14 +42,14 @@ impl Sandbox {
         });
         let slot = self.attach("attach a disk", device, fds).await?;
         holdings.slots.push(slot);
-        let node = self.bind(slot, Expect::BlockSerial(serial)).await?;
-        let plain = node.strip_prefix("/dev/").is_some_and(|name| {
+        let disk = self.bind(slot, Expect::BlockSerial(serial)).await?;
+        let plain = disk.device.strip_prefix("/dev/").is_some_and(|name| {
             !name.is_empty()
                 && name.len() <= 16
                 && name.bytes().all(|byte| byte.is_ascii_alphanumeric())
         });
         if plain {
-            Ok(node)
+            Ok(disk)
         } else {
             Err(lie("named a disk that is none"))
         }
@@ -65,19 +67,21 @@ impl Sandbox {
         }
     }
 
-    pub(super) async fn bind(&self, slot: u32, expect: Expect) -> Result<String, Error> {
+    pub(super) async fn bind(
+        &self,
+        slot: u32,
+        expect: Expect,
+    ) -> Result<BindDeviceResponse, Error> {
         let request = BindDeviceRequest {
             slot,
             expect: Some(expect),
             ..Default::default()
         };
-        let response = self
-            .agent
+        self.agent
             .call("bind a device", |client, context| async move {
                 client.bind_device(context, &request).await
             })
-            .await?;
-        Ok(response.device)
+            .await
     }
 
     /// Takes away what a container held. What fails here ends with the VM.

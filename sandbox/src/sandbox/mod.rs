@@ -9,6 +9,7 @@ mod network;
 mod process;
 mod sizing;
 mod types;
+mod volumes;
 
 use std::{
     collections::HashMap,
@@ -33,7 +34,7 @@ use crate::{
     config::Config,
     deadline::scaled,
     error::{AgentErrorKind, Error},
-    network::Network,
+    network::{InterfaceLimits, Network},
     record::{self, Record, Resource},
     shares::Shares,
     size::Room,
@@ -63,6 +64,8 @@ pub struct Sandbox {
     agent: Agent,
     record: StdMutex<Record>,
     network: Option<Mutex<Network>>,
+    /// Of each of its interfaces.
+    limits: InterfaceLimits,
     /// With which the guest has booted.
     vcpus: u8,
     /// See [`SandboxSpec::shares_directories`].
@@ -89,7 +92,7 @@ impl Sandbox {
         let mut record = Record::create(&config.run_dir, &spec.id)?;
         let booted = async {
             let booted = boot(config, &spec, room, &assets, &mut record).await?;
-            let network = spec.network.open(booted.vmm.pid()).await?;
+            let network = spec.network.open(booted.vmm.pid(), &booted.vsock).await?;
             Ok((booted, network))
         };
         match booted.await {
@@ -112,6 +115,7 @@ impl Sandbox {
                     agent,
                     record: StdMutex::new(record),
                     network: network.map(Mutex::new),
+                    limits: InterfaceLimits::of(config).and(&spec.limits),
                     vcpus: room.boot_vcpus,
                     shares_directories: spec.shares_directories,
                     shares: Mutex::new(None),

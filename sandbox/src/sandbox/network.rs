@@ -1,8 +1,10 @@
 //! The guest's side of the pod's network.
 
 use std::{
+    fs::File,
+    io,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Weak},
 };
 
@@ -15,6 +17,12 @@ use crate::{
     error::Error,
     network::{Difference, Link, Network, mac},
 };
+
+/// Largest MTU of a virtio-net device (`VIRTIO_NET_F_MTU`), bytes.
+const MOST_MTU: u16 = u16::MAX;
+
+/// Where the host's kernel offers to move frames.
+const VHOST_NET: &str = "/dev/vhost-net";
 
 /// More queue pairs than this bring a guest nothing.
 const MOST_QUEUES: u8 = 4;
@@ -32,13 +40,19 @@ pub enum NetworkNamespace {
 }
 
 impl NetworkNamespace {
-    pub(super) async fn open(&self, vmm: u32) -> Result<Option<Network>, Error> {
+    /// `vsock` is the socket to the guest's ports.
+    pub(super) async fn open(&self, vmm: u32, vsock: &Path) -> Result<Option<Network>, Error> {
         let path = match self {
             Self::None => return Ok(None),
             Self::Path(path) => path.clone(),
             Self::Vmm => format!("/proc/{vmm}/ns/net").into(),
         };
-        Network::open(&path).await.map(Some)
+        let mut network = Network::open(&path).await?;
+        if let Err(error) = network.forward_loopback(vsock.to_owned()).await {
+            // Few pods need it.
+            log::warn!("{error}");
+        }
+        Ok(Some(network))
     }
 }
 
@@ -64,7 +78,7 @@ impl Sandbox {
             let slot = self.take(&network, link).await?;
             network.has_taken(link, slot);
         }
-        let message = layout.to_proto();
+        let message = layout.to_proto(|index| network.slot_of(index));
         self.agent
             .call("configure the network", |client, context| async move {
                 client.configure_network(context, &message).await
@@ -87,22 +101,30 @@ impl Sandbox {
     }
 
     async fn attach_tap(&self, link: &Link, taps: &[OwnedFd]) -> Result<u32, Error> {
-        let mtu = u16::try_from(link.mtu).map_err(|_| {
-            Error::Unsupported(format!(
-                "the MTU of {} is {}: a guest's is at most {}",
-                link.name,
-                link.mtu,
-                u16::MAX
-            ))
-        })?;
-        let fds: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
-        let indexes = (0..fds.len()).map(|index| Fd(u32::try_from(index).unwrap_or(u32::MAX)));
+        if link.mtu > MOST_MTU.into() {
+            return Err(Error::Unsupported(format!(
+                "the MTU of {} is {}: a guest's is at most {MOST_MTU}",
+                link.name, link.mtu
+            )));
+        }
+        let [rx_rate_limit, tx_rate_limit] = self.limits.parts();
+        let limited = rx_rate_limit.is_some() || tx_rate_limit.is_some();
+        let vhosts = if self.config.vhost_net && !limited {
+            vhosts(taps.len())
+        } else {
+            Vec::new()
+        };
+        let fds: Vec<_> = taps.iter().chain(&vhosts).map(AsFd::as_fd).collect();
+        let indexes = (0..).take(fds.len()).map(Fd).collect::<Vec<_>>();
+        let (tap_indexes, vhost_indexes) = indexes.split_at(taps.len());
         let device = DeviceConfig::Net(NetConfig {
-            taps: indexes.collect(),
+            taps: tap_indexes.to_vec(),
+            vhost_nets: vhost_indexes.to_vec(),
             mac: link.mac,
-            mtu,
-            rx_rate_limit: None,
-            tx_rate_limit: None,
+            // What it may grow to. What it is now the agent sets.
+            mtu: MOST_MTU,
+            rx_rate_limit,
+            tx_rate_limit,
         });
         let slot = self
             .attach("attach a network interface", device, &fds)
@@ -128,6 +150,18 @@ impl Sandbox {
         tokio::spawn(changes.forward(sender));
         tokio::spawn(follow(Arc::downgrade(self), receiver));
     }
+}
+
+/// As many of the kernel's movers of frames, or none: then the VMM moves them.
+fn vhosts(count: usize) -> Vec<OwnedFd> {
+    let open = || File::options().read(true).write(true).open(VHOST_NET);
+    let opened: io::Result<Vec<_>> = (0..count).map(|_| open().map(OwnedFd::from)).collect();
+    opened.unwrap_or_else(|error| {
+        log::warn!(
+            "vhost_net = true, but {VHOST_NET}: {error} (modprobe vhost_net?); the VMM moves the pod's frames"
+        );
+        Vec::new()
+    })
 }
 
 async fn follow(sandbox: Weak<Sandbox>, mut changes: mpsc::Receiver<()>) {

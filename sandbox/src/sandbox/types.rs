@@ -1,12 +1,12 @@
 //! What callers ask of a sandbox, and what they are told.
 
-use std::{path::PathBuf, time::SystemTime};
+use std::{collections::HashMap, path::PathBuf, time::SystemTime};
 
 use oci_spec::runtime::Spec;
 use tokio::net::UnixStream;
 
 use super::NetworkNamespace;
-use crate::{spec::host_binds, vmm::Gone};
+use crate::{network::InterfaceLimits, spec::host_binds, vmm::Gone};
 
 /// A sandbox to be started.
 #[derive(Debug, Clone, Default)]
@@ -27,10 +27,16 @@ pub struct SandboxSpec {
     pub dns_searches: Vec<String>,
     /// Lines of resolv.conf.
     pub dns_options: Vec<String>,
-    /// Containers see each other's processes.
+    /// Lines of /etc/hosts beside those of the pod's own names.
+    pub extra_hosts: Vec<String>,
+    /// Set in the guest before there are containers.
+    pub sysctls: HashMap<String, String>,
+    /// Containers may join a PID namespace of the pod, and none of them holds the pod.
     pub shared_pid_namespace: bool,
     /// Where its interfaces are.
     pub network: NetworkNamespace,
+    /// What the pod allows each of its interfaces; the host's limits hold beside them.
+    pub limits: InterfaceLimits,
     /// Host directories may be shared with it, now or later. Its memory is then a file that a file
     /// server can map, at the price of a copy of the kernel in each VM.
     pub shares_directories: bool,

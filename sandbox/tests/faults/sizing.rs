@@ -55,7 +55,7 @@ impl Vm {
 
     async fn create(&self, id: &str, quota: i64, mib: i64) -> Result<(), Error> {
         let spec = format!(
-            r#"{{"ociVersion":"1.2.0","linux":{{"resources":{}}}}}"#,
+            r#"{{"ociVersion":"1.2.0","linux":{{"namespaces":[{{"type":"pid"}}],"resources":{}}}}}"#,
             limits(quota, mib)
         );
         self.sandbox

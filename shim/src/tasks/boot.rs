@@ -1,12 +1,14 @@
-//! The pod's microVM, which boots with the first task.
+//! The pod's microVM, which boots with the first task, or before there is any.
 
 use std::sync::Arc;
 
-use caisson_sandbox::{NetworkNamespace, RootfsSource, SandboxSpec, Size, cgroup_parent};
+use caisson_sandbox::{
+    InterfaceLimits, NetworkNamespace, RootfsSource, SandboxSpec, Size, cgroup_parent, pod_of,
+};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::Tasks;
-use crate::{error::Error, figures, pod::Pod, start::pod_in};
+use crate::{error::Error, figures, pod::Pod};
 
 impl Tasks {
     /// The pod, booted for the first container.
@@ -14,6 +16,55 @@ impl Tasks {
         self: &Arc<Self>,
         spec: &Spec,
         rootfs: &RootfsSource,
+    ) -> Result<Arc<dyn Pod>, Error> {
+        // What a pod's later containers want is not known yet.
+        let shares = pod_of(spec).is_some() || rootfs.shares_directories(spec);
+        self.pod_or(|| self.sandbox_of(spec, shares)).await
+    }
+
+    /// The sandbox that a specification asks for: of a container, or of the pod itself.
+    ///
+    /// # Errors
+    /// It wants the host's network, or limits that are none.
+    pub fn sandbox_of(&self, spec: &Spec, shares_directories: bool) -> Result<SandboxSpec, Error> {
+        let size = Size::of(&self.config, spec);
+        let linux = spec.linux().as_ref();
+        let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
+        Ok(SandboxSpec {
+            id: self.identity.sandbox.clone(),
+            hostname: spec.hostname().clone().unwrap_or_default(),
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            cgroup_parent: cgroups_path.and_then(|path| cgroup_parent(path)),
+            network: network_namespace(spec)?,
+            dns_servers: words(spec, "caisson.dns.servers"),
+            dns_searches: words(spec, "caisson.dns.searches"),
+            dns_options: words(spec, "caisson.dns.options"),
+            extra_hosts: annotation(spec, "caisson.hosts")
+                .lines()
+                .map(str::to_owned)
+                .collect(),
+            limits: spec.annotations().as_ref().map_or_else(
+                || Ok(InterfaceLimits::default()),
+                InterfaceLimits::of_annotations,
+            )?,
+            shares_directories,
+            ..Default::default()
+        })
+    }
+
+    /// The pod, booted for no container.
+    ///
+    /// # Errors
+    /// It cannot boot; nothing is left on the host then.
+    pub async fn boot(self: &Arc<Self>, request: SandboxSpec) -> Result<Arc<dyn Pod>, Error> {
+        self.pod_or(|| Ok(request)).await
+    }
+
+    /// The pod; one that `request` asks for when there is none.
+    async fn pod_or(
+        self: &Arc<Self>,
+        request: impl FnOnce() -> Result<SandboxSpec, Error>,
     ) -> Result<Arc<dyn Pod>, Error> {
         let mut place = self.pod.lock().await;
         if *self.stopping.borrow() {
@@ -25,20 +76,7 @@ impl Tasks {
                 Some(gone) => Err(caisson_sandbox::Error::Gone(gone).into()),
             };
         }
-        let size = Size::of(&self.config, spec);
-        let linux = spec.linux().as_ref();
-        let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_ref());
-        let request = SandboxSpec {
-            id: self.identity.sandbox.clone(),
-            hostname: spec.hostname().clone().unwrap_or_default(),
-            vcpus: size.vcpus,
-            memory_mib: size.memory_mib,
-            cgroup_parent: cgroups_path.and_then(|path| cgroup_parent(path)),
-            network: network_namespace(spec)?,
-            // What a pod's later containers want is not known yet.
-            shares_directories: pod_in(spec).is_some() || rootfs.shares_directories(spec),
-            ..Default::default()
-        };
+        let request = request()?;
         let mut stopping = self.stopping.subscribe();
         let booted = tokio::select! {
             booted = self.pods.boot(request) => Some(booted?),
@@ -61,6 +99,22 @@ impl Tasks {
         tokio::spawn(self.clone().follow(events));
         Ok(pod)
     }
+}
+
+/// Of a client that does not mount resolv.conf and hosts from the host: the command line.
+fn annotation<'a>(spec: &'a Spec, name: &str) -> &'a str {
+    let annotations = spec.annotations().as_ref();
+    annotations
+        .and_then(|annotations| annotations.get(name))
+        .map(String::as_str)
+        .unwrap_or_default()
+}
+
+fn words(spec: &Spec, name: &str) -> Vec<String> {
+    annotation(spec, name)
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Where the pod's interfaces are, as its first container says.

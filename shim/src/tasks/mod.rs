@@ -1,22 +1,24 @@
 //! The pod's tasks: what the Task API does, in terms of a microVM.
 //!
-//! [`boot`] starts the microVM, [`life`] has what changes a process's stage, [`news`] what comes from the guest.
+//! [`boot`] starts the microVM and [`machine`] ends it, [`life`] has what changes a process's stage,
+//! [`news`] what comes from the guest.
 
 mod boot;
 mod life;
+mod machine;
 mod news;
 
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
     time::{Duration, SystemTime},
 };
 
-use caisson_sandbox::{Config, ContainerSpec, Created, ProcessInfo, StatsResponse, scaled};
+use caisson_sandbox::{Config, ContainerSpec, Created, ProcessInfo, StatsResponse};
 use containerd_shim_protos::{
     api::Mount,
     events::task::{TaskCreate, TaskIO, TaskPaused, TaskResumed},
@@ -66,8 +68,12 @@ pub struct Tasks {
     /// Held while it boots.
     pod: tokio::sync::Mutex<Option<Arc<dyn Pod>>>,
     table: Mutex<HashMap<Name, Process>>,
-    /// True once the server is about to end.
+    /// See [`Tasks::hold`].
+    held: AtomicBool,
+    /// True once the machine shall end, or has been ended.
     stopping: watch::Sender<bool>,
+    /// How the machine has ended.
+    machine_end: watch::Sender<Option<Exit>>,
     /// Told when the server shall end.
     pub ended: Notify,
 }
@@ -128,7 +134,9 @@ impl Tasks {
             events,
             pod: tokio::sync::Mutex::default(),
             table: Mutex::default(),
+            held: AtomicBool::new(false),
             stopping: watch::Sender::new(false),
+            machine_end: watch::Sender::new(None),
             ended: Notify::new(),
         })
     }
@@ -440,45 +448,6 @@ impl Tasks {
     /// Whether there is any task.
     pub fn is_empty(&self) -> bool {
         self.table().is_empty()
-    }
-
-    /// Ends the microVM, tells the ends of what ran in it and cleans up.
-    pub async fn stop(&self) {
-        self.stopping.send_replace(true);
-        let pod = self.pod.lock().await.take();
-        let Some(pod) = pod else { return };
-        if let Err(error) = pod.stop().await {
-            log::error!("{error}");
-        }
-        let ends: Vec<_> = self
-            .table()
-            .values()
-            .filter(|process| matches!(process.stage, Stage::Starting | Stage::Running))
-            .map(Process::watch)
-            .collect();
-        let told = async {
-            for mut end in ends {
-                // An end without a word: it was deleted.
-                let _ = end.wait_for(Option::is_some).await;
-            }
-        };
-        let limit = scaled(DRAIN_LIMIT) + Duration::from_secs(1);
-        if tokio::time::timeout(limit, told).await.is_err() {
-            log::warn!("some processes' ends are not told");
-        }
-        let bundles: Vec<PathBuf> = self
-            .table()
-            .values()
-            .map(|process| process.bundle.clone())
-            .collect();
-        for bundle in bundles {
-            release_rootfs(&bundle).await;
-        }
-    }
-
-    /// Waits until containerd has heard of all that happened, but not for ever.
-    pub async fn flush_events(&self) {
-        self.events.flush(scaled(Duration::from_secs(3))).await;
     }
 }
 

@@ -69,8 +69,10 @@ impl Tasks {
     fn machine_gone(&self, gone: &Gone) {
         if *self.stopping.borrow() {
             log::debug!("{gone}");
+            self.set_machine_end(0);
         } else {
             log::error!("{gone}");
+            self.set_machine_end(KILLED);
         }
         let exit = Exit {
             status: KILLED,

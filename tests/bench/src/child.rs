@@ -128,7 +128,15 @@ pub fn find(name: &str, package: &'static str) -> Result<PathBuf, BenchError> {
                 "qemu-system-x86" => "install qemu-system-x86",
                 "busybox-static" => "install busybox-static",
                 "runc" => "install runc",
-                _ => "install crun",
+                "crun" => "install crun",
+                "bash" => "install bash",
+                "e2fsprogs" => "install e2fsprogs",
+                "erofs-utils" => "install erofs-utils",
+                "fio" => "install fio",
+                "git" => "install git",
+                "iperf3" => "install iperf3",
+                "iproute2" => "install iproute2",
+                _ => "install jq",
             },
         })
 }

@@ -47,23 +47,7 @@ pub fn oci(binary: &Path, directory: &Path, rootfs: &Path) -> Result<Runtime, Be
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default();
     let bundle = directory.join(format!("bundle-{name}"));
-    fs::create_dir_all(&bundle).map_err(BenchError::io("cannot make a bundle"))?;
-    let output = Command::new(binary)
-        .arg("spec")
-        .current_dir(&bundle)
-        .output()
-        .map_err(BenchError::io(format!("cannot start {}", binary.display())))?;
-    if !output.status.success() {
-        return Err(BenchError::Program {
-            program: name,
-            problem: format!("spec: {}", output.status),
-            output: String::from_utf8_lossy(&output.stderr).into_owned(),
-        });
-    }
-    let path = bundle.join("config.json");
-    let text = fs::read(&path).map_err(BenchError::io("cannot read the specification"))?;
-    let text = adapt_spec(&text, rootfs)?;
-    fs::write(&path, text).map_err(BenchError::io("cannot write the specification"))?;
+    let bundle = make_bundle(binary, &bundle, rootfs, &["/bin/echo", "x"])?;
     let binary = binary.to_path_buf();
     let prefix = format!("caisson-bench-{}", std::process::id());
     Ok(Runtime {
@@ -79,15 +63,45 @@ pub fn oci(binary: &Path, directory: &Path, rootfs: &Path) -> Result<Runtime, Be
     })
 }
 
+/// Makes the bundle `directory` over `rootfs` by the runtime's own `spec`, which runs `words`.
+///
+/// # Errors
+/// When its default specification cannot be made.
+pub fn make_bundle(
+    binary: &Path,
+    directory: &Path,
+    rootfs: &Path,
+    words: &[&str],
+) -> Result<PathBuf, BenchError> {
+    fs::create_dir_all(directory).map_err(BenchError::io("cannot make a bundle"))?;
+    let output = Command::new(binary)
+        .arg("spec")
+        .current_dir(directory)
+        .output()
+        .map_err(BenchError::io(format!("cannot start {}", binary.display())))?;
+    if !output.status.success() {
+        return Err(BenchError::Program {
+            program: binary.display().to_string(),
+            problem: format!("spec: {}", output.status),
+            output: String::from_utf8_lossy(&output.stderr).into_owned(),
+        });
+    }
+    let path = directory.join("config.json");
+    let text = fs::read(&path).map_err(BenchError::io("cannot read the specification"))?;
+    let text = adapt_spec(&text, rootfs, words)?;
+    fs::write(&path, text).map_err(BenchError::io("cannot write the specification"))?;
+    Ok(directory.to_path_buf())
+}
+
 /// The runtime's own default, with our root and workload and without a terminal.
-fn adapt_spec(text: &[u8], rootfs: &Path) -> Result<Vec<u8>, BenchError> {
+fn adapt_spec(text: &[u8], rootfs: &Path, words: &[&str]) -> Result<Vec<u8>, BenchError> {
     let invalid = |source: serde_json::Error| BenchError::Io {
         what: "the runtime's default specification is no JSON".into(),
         source: source.into(),
     };
     let mut spec: serde_json::Value = serde_json::from_slice(text).map_err(invalid)?;
     spec["process"]["terminal"] = false.into();
-    spec["process"]["args"] = serde_json::json!(["/bin/echo", "x"]);
+    spec["process"]["args"] = serde_json::json!(words);
     spec["root"]["path"] = rootfs.display().to_string().into();
     serde_json::to_vec(&spec).map_err(invalid)
 }
@@ -188,7 +202,7 @@ mod tests {
     fn the_specification_keeps_what_it_does_not_change() {
         let spec =
             br#"{"process":{"terminal":true,"cwd":"/"},"root":{"path":"rootfs","readonly":true}}"#;
-        let spec = adapt_spec(spec, Path::new("/r")).unwrap();
+        let spec = adapt_spec(spec, Path::new("/r"), &["/bin/x"]).unwrap();
         let spec: serde_json::Value = serde_json::from_slice(&spec).unwrap();
         assert_eq!(spec["root"]["path"], "/r");
         assert_eq!(spec["root"]["readonly"], true);

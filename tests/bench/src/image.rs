@@ -14,7 +14,7 @@ use crate::error::BenchError;
 /// Name under which the image is loaded.
 pub const REFERENCE: &str = "caisson-bench:latest";
 
-const APPLETS: [&str; 4] = ["sh", "echo", "sleep", "cat"];
+const APPLETS: [&str; 6] = ["sh", "echo", "sleep", "cat", "head", "true"];
 
 /// Makes `directory/rootfs` from the busybox at `busybox`.
 ///
@@ -40,11 +40,11 @@ pub fn make_rootfs(directory: &Path, busybox: &Path) -> Result<PathBuf, BenchErr
     Ok(root)
 }
 
-/// Packs `rootfs` as an archive in `docker save`'s format, tagged [`REFERENCE`].
+/// Packs `rootfs` as an archive in `docker save`'s format, tagged `reference`.
 ///
 /// # Errors
 /// When a file cannot be read or written.
-pub fn make_archive(rootfs: &Path, archive: &Path) -> Result<(), BenchError> {
+pub fn make_archive(rootfs: &Path, archive: &Path, reference: &str) -> Result<(), BenchError> {
     let make = || -> std::io::Result<()> {
         let mut layer = tar::Builder::new(Vec::new());
         layer.follow_symlinks(false);
@@ -61,7 +61,7 @@ pub fn make_archive(rootfs: &Path, archive: &Path) -> Result<(), BenchError> {
         let config_name = format!("{}.json", hex(config.as_bytes()));
         let manifest = serde_json::json!([{
             "Config": config_name,
-            "RepoTags": [REFERENCE],
+            "RepoTags": [reference],
             "Layers": ["layer.tar"],
         }])
         .to_string();
@@ -104,7 +104,7 @@ mod tests {
         fs::write(&busybox, "not really").unwrap();
         let root = make_rootfs(scratch.path(), &busybox).unwrap();
         let path = scratch.path().join("image.tar");
-        make_archive(&root, &path).unwrap();
+        make_archive(&root, &path, REFERENCE).unwrap();
 
         let mut archive = tar::Archive::new(fs::File::open(&path).unwrap());
         let mut files = std::collections::HashMap::new();

@@ -1,5 +1,5 @@
 //! Measures Caisson beside its peers in one run: cold start beside QEMU's microvm
-//! machine, container start beside runc and crun, and host memory. `README.md`
+//! machine, container start beside runc and crun, host memory, exec, disks, shared directories and networks. `README.md`
 //! says what each measure means; `run` runs this where a stock guest can run.
 
 #![forbid(unsafe_code)]
@@ -8,8 +8,10 @@ mod child;
 mod cold;
 mod container;
 mod error;
+mod exec;
 mod hello;
 mod image;
+mod io;
 mod measures;
 mod memory;
 mod options;
@@ -46,7 +48,7 @@ fn main() -> ExitCode {
 /// When it cannot be made or `caisson load` fails.
 fn load_image(options: &Options, scratch: &Path, rootfs: &Path) -> Result<(), BenchError> {
     let archive = scratch.join("image.tar");
-    image::make_archive(rootfs, &archive)?;
+    image::make_archive(rootfs, &archive, image::REFERENCE)?;
     quiet(
         Command::new(options.file("bin/caisson"))
             .args(["load", "-i"])
@@ -65,7 +67,10 @@ fn run() -> Result<(), BenchError> {
     if options.wants("cold") {
         measures.push(measures::cold_start(&options)?);
     }
-    if options.wants("container") || options.wants("memory") {
+    if ["container", "memory", "exec"]
+        .iter()
+        .any(|one| options.wants(one))
+    {
         let rootfs = image::make_rootfs(scratch.path(), &find("busybox", "busybox-static")?)?;
         load_image(&options, scratch.path(), &rootfs)?;
         if options.wants("container") {
@@ -78,9 +83,31 @@ fn run() -> Result<(), BenchError> {
         if options.wants("memory") {
             measures.push(measures::idle_memory(&options)?);
         }
+        if options.wants("exec") {
+            measures.extend(exec::measure(&options, scratch.path(), &rootfs)?);
+        }
         quiet(Command::new(options.file("bin/caisson")).args(["rmi", image::REFERENCE]))?;
     }
+    measures.extend(inputs_and_outputs(&options)?);
     write_report(&options, &measures)
+}
+
+/// Disks, shared directories and networks.
+fn inputs_and_outputs(options: &Options) -> Result<Vec<Measure>, BenchError> {
+    use io::Section::{Block, Network, Share};
+    let wanted: Vec<_> = [Block, Share, Network]
+        .into_iter()
+        .filter(|section| options.wants(section.name()))
+        .collect();
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ground = io::Ground::make(options)?;
+    let mut measures = Vec::new();
+    for section in wanted {
+        measures.extend(io::measure(&ground, section, options.runs)?);
+    }
+    Ok(measures)
 }
 
 /// First line that a program prints about its version.

@@ -6,14 +6,26 @@ use crate::{cold::Guest, error::BenchError};
 
 /// What `--help` says.
 pub const USAGE: &str = "\
-usage: caisson-bench --prefix DIR --out DIR [--runs N] [--only cold,container,memory]
-                     [--memory MIB] [--cmdline TEXT]
+usage: caisson-bench --prefix DIR --out DIR [--runs N] [--only MEASURE,...]
+                     [--memory MIB] [--cmdline TEXT] [--seconds N]
   --prefix   the installed tree (bin, libexec/caisson, share/caisson)
   --out      where report.md, plot.svg and results.json go
   --runs     measurements per contender, after one that does not count (default 20)
-  --only     some of the measures
+  --only     some of cold, container, memory, exec, block, share, network
   --memory   guest memory of a cold start, MiB (default 128)
-  --cmdline  kernel command line of a cold start, for every monitor";
+  --cmdline  kernel command line of a cold start, for every monitor
+  --seconds  length of each of fio's and iperf3's measurements (default 5)";
+
+/// All there are.
+const MEASURES: [&str; 7] = [
+    "cold",
+    "container",
+    "memory",
+    "exec",
+    "block",
+    "share",
+    "network",
+];
 
 /// What a VM needs to find the agent, and nothing that only one monitor would profit from.
 const CMDLINE: &str = "console=hvc0 quiet reboot=k panic=-1 noreplace-smp swiotlb=noforce \
@@ -27,6 +39,8 @@ pub struct Options {
     pub out: PathBuf,
     /// Measurements per contender.
     pub runs: usize,
+    /// Length of a measurement of throughput.
+    pub seconds: u32,
     /// Names of the measures to take.
     pub only: Vec<String>,
     /// What a cold start boots.
@@ -44,8 +58,8 @@ impl Options {
         use lexopt::prelude::*;
         let usage = |error: lexopt::Error| BenchError::Usage(format!("{error}\n{USAGE}"));
         let (mut prefix, mut out) = (None, None);
-        let (mut runs, mut memory_mib) = (20, 128);
-        let mut only = "cold,container,memory".to_string();
+        let (mut runs, mut memory_mib, mut seconds) = (20, 128, 5);
+        let mut only = MEASURES.join(",");
         let mut cmdline = CMDLINE.to_string();
         let mut arguments = lexopt::Parser::from_env();
         while let Some(argument) = arguments.next().map_err(usage)? {
@@ -61,6 +75,7 @@ impl Options {
                 "runs" => runs = value.parse().map_err(usage)?,
                 "memory" => memory_mib = value.parse().map_err(usage)?,
                 "only" => only = value.parse().map_err(usage)?,
+                "seconds" => seconds = value.parse().map_err(usage)?,
                 "cmdline" => cmdline = value.parse().map_err(usage)?,
                 unknown => {
                     return Err(BenchError::Usage(format!("no option --{unknown}\n{USAGE}")));
@@ -72,14 +87,13 @@ impl Options {
                 "--prefix and --out are needed\n{USAGE}"
             )));
         };
-        if runs == 0 {
-            return Err(BenchError::Usage("--runs must be at least 1".into()));
+        if runs == 0 || seconds == 0 {
+            return Err(BenchError::Usage(
+                "--runs and --seconds must be at least 1".into(),
+            ));
         }
         let only: Vec<String> = only.split(',').map(str::to_string).collect();
-        if let Some(unknown) = only
-            .iter()
-            .find(|o| !["cold", "container", "memory"].contains(&o.as_str()))
-        {
+        if let Some(unknown) = only.iter().find(|o| !MEASURES.contains(&o.as_str())) {
             return Err(BenchError::Usage(format!(
                 "no measure '{unknown}'\n{USAGE}"
             )));
@@ -95,6 +109,7 @@ impl Options {
             prefix,
             out,
             runs,
+            seconds,
             only,
         }))
     }

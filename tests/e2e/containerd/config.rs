@@ -5,10 +5,13 @@ use std::{fs, io::ErrorKind, path::Path};
 use caisson_tests::{Command, seconds};
 use serde_json::json;
 
-use super::daemon::Version;
+use super::{daemon::Version, networks};
 
 /// What holds a pod of CRI.
 pub const PAUSE: &str = "docker.io/library/pause:1";
+
+/// Handler of CRI whose pods are made by the sandbox API; containerd 2.x has it.
+pub const SANDBOX_API: &str = "caisson-by-shim";
 
 /// Empties a directory and writes everything that containerd reads into it.
 pub fn write(directory: &Path, version: Version) {
@@ -55,6 +58,20 @@ pub fn write(directory: &Path, version: Version) {
              [plugins.\"io.containerd.service.v1.diff-service\"]\ndefault = [\"erofs\", \"walking\"]"
         ),
     };
+    let programs = match version {
+        Version::One => r#"bin_dir = "/usr/lib/cni""#,
+        Version::Two => r#"bin_dirs = ["/usr/lib/cni"]"#,
+    };
+    // The pods of one are containers that hold them, those of the other are machines.
+    let by_shim = match version {
+        Version::One => String::new(),
+        Version::Two => format!(
+            "[plugins.\"{cri}\".containerd.runtimes.{SANDBOX_API}]\n\
+             runtime_type = \"io.containerd.caisson.v2\"\n\
+             sandboxer = \"shim\""
+        ),
+    };
+    let networks = networks::write(directory, cri);
     let config = format!(
         r#"version = {head}
 {limits}
@@ -64,8 +81,10 @@ default_runtime_name = "caisson"
 [plugins."{cri}".containerd.runtimes.caisson]
 runtime_type = "io.containerd.caisson.v2"
 privileged_without_host_devices = true
+{by_shim}
+{networks}
 [plugins."{cri}".cni]
-bin_dir = "/usr/lib/cni"
+{programs}
 conf_dir = "{network}"
 [plugins."io.containerd.snapshotter.v1.blockfile"]
 scratch_file = "{scratch}"

@@ -244,6 +244,15 @@ impl<'a> Daemon<'a> {
         self.import_into("default", image, flags);
     }
 
+    /// Imports an image for CRI unless it is there.
+    #[track_caller]
+    pub fn import_for_cri(&self, image: &Image) {
+        let listed = self.ctr(["-n", "k8s.io", "image", "ls", "-q"]).stdout();
+        if !listed.lines().any(|name| name == image.name) {
+            self.import_into("k8s.io", image, &[]);
+        }
+    }
+
     #[track_caller]
     fn import_into(&self, namespace: &str, image: &Image, flags: &[&str]) {
         let archive = self.host.scratch().join("image.tar");

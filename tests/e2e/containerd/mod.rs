@@ -1,10 +1,11 @@
 //! Caisson as a runtime of containerd: real daemons of both versions that we support,
 //! started by the tests, driven with `ctr`.
 
-mod config;
+pub mod config;
 pub mod daemon;
 mod faults;
 mod keeper;
+pub mod networks;
 mod pods;
 mod snapshotters;
 mod streams;

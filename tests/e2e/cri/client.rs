@@ -8,10 +8,13 @@ use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerStatus, CreateContainerRequest, ExecSyncRequest,
     ExecSyncResponse, ImageSpec, LinuxContainerConfig, LinuxContainerSecurityContext,
     LinuxPodSandboxConfig, LinuxSandboxSecurityContext, ListPodSandboxRequest, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, runtime_service_client::RuntimeServiceClient,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState,
+    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    runtime_service_client::RuntimeServiceClient,
 };
+use rustix::process::Signal;
+use serde_json::Value;
 use tokio::{net::UnixStream, runtime::Runtime};
 use tonic::{
     Response, Status,
@@ -23,34 +26,41 @@ use crate::containerd::daemon::{Daemon, IMAGE, Version};
 /// State of a container that has ended (`CONTAINER_EXITED`).
 const EXITED: i32 = 2;
 
-/// A client of a containerd's CRI, whose runtime handler "caisson" is Caisson.
+/// A client of a containerd's CRI, of which a runtime handler is Caisson.
 pub struct Cri<'a> {
     pub daemon: Daemon<'a>,
+    handler: &'static str,
     runtime: Runtime,
     client: RuntimeServiceClient<Channel>,
 }
 
 impl<'a> Cri<'a> {
-    /// Takes a daemon.
+    /// Takes a daemon, whose own way with pods is that of containers.
     pub fn start(host: &'a Host, version: Version) -> Self {
+        Self::with_handler(host, version, "caisson")
+    }
+
+    /// Takes a daemon, and runs pods by this handler of [`crate::containerd::config`].
+    pub fn with_handler(host: &'a Host, version: Version, handler: &'static str) -> Self {
         let daemon = Daemon::start(host, version);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
-        let address = daemon.address();
-        let connector = tower::service_fn(move |_: Uri| {
-            let address = address.clone();
-            async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(address).await?)) }
-        });
-        let channel = runtime
-            .block_on(Endpoint::from_static("http://cri").connect_with_connector(connector))
-            .unwrap();
+        let client = connect(&daemon, &runtime);
         Self {
             daemon,
+            handler,
             runtime,
-            client: RuntimeServiceClient::new(channel),
+            client,
         }
+    }
+
+    /// Ends the daemon by a signal and starts it anew.
+    pub fn restart(&mut self, signal: Signal) {
+        self.daemon.end(signal);
+        self.daemon.run();
+        self.client = connect(&self.daemon, &self.runtime);
     }
 
     /// One call; a call that takes longer than a kubelet waits is an error.
@@ -75,12 +85,59 @@ impl<'a> Cri<'a> {
 
     /// Starts a pod, which may be refused.
     pub fn try_run_pod(&self, config: &PodSandboxConfig) -> Result<String, Status> {
+        self.try_run_pod_by(self.handler, config)
+    }
+
+    /// Starts a pod by another handler.
+    pub fn try_run_pod_by(
+        &self,
+        handler: &str,
+        config: &PodSandboxConfig,
+    ) -> Result<String, Status> {
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: "caisson".to_owned(),
+            runtime_handler: handler.to_owned(),
         };
         self.call(async |mut client| client.run_pod_sandbox(request).await)
             .map(|answer| answer.pod_sandbox_id)
+    }
+
+    /// Whether a pod is there and runs.
+    #[track_caller]
+    pub fn is_ready(&self, pod: &str) -> bool {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.to_owned(),
+            verbose: true,
+        };
+        let answer = self
+            .call(async |mut client| client.pod_sandbox_status(request).await)
+            .unwrap();
+        answer.status.unwrap().state == PodSandboxState::SandboxReady as i32
+    }
+
+    /// A pod's addresses, and the path of its network namespace.
+    #[track_caller]
+    pub fn network_of(&self, pod: &str) -> (Vec<String>, String) {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: pod.to_owned(),
+            verbose: true,
+        };
+        let answer = self
+            .call(async |mut client| client.pod_sandbox_status(request).await)
+            .unwrap();
+        let info: Value = serde_json::from_str(&answer.info["info"]).unwrap();
+        let namespaces = &info["runtimeSpec"]["linux"]["namespaces"];
+        let path = namespaces
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|namespace| namespace["type"] == "network")
+            .find_map(|namespace| namespace["path"].as_str())
+            .expect("the pod's network namespace has a path")
+            .to_owned();
+        let network = answer.status.unwrap().network.unwrap();
+        let more = network.additional_ips.into_iter().map(|more| more.ip);
+        (std::iter::once(network.ip).chain(more).collect(), path)
     }
 
     /// Creates a container and gives its id.
@@ -185,7 +242,8 @@ impl<'a> Cri<'a> {
         self.try_remove_pod(pod).unwrap();
     }
 
-    fn try_remove_pod(&self, pod: &str) -> Result<(), Status> {
+    /// Stops and removes a pod, which may be refused: containerd needs its time after a shim's death.
+    pub fn try_remove_pod(&self, pod: &str) -> Result<(), Status> {
         let request = StopPodSandboxRequest {
             pod_sandbox_id: pod.to_owned(),
         };
@@ -245,6 +303,18 @@ impl Drop for Cri<'_> {
             let _ = self.try_remove_pod(&pod.id);
         }
     }
+}
+
+fn connect(daemon: &Daemon<'_>, runtime: &Runtime) -> RuntimeServiceClient<Channel> {
+    let address = daemon.address();
+    let connector = tower::service_fn(move |_: Uri| {
+        let address = address.clone();
+        async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(address).await?)) }
+    });
+    let channel = runtime
+        .block_on(Endpoint::from_static("http://cri").connect_with_connector(connector))
+        .unwrap();
+    RuntimeServiceClient::new(channel)
 }
 
 /// A container that runs a shell script.

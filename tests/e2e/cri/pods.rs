@@ -14,13 +14,16 @@ use super::client::{Cri, container};
 use crate::containerd::{daemon::Version, with_containerd};
 
 with_containerd!(
-    one: [a_pods_life],
+    one: [a_pods_life, endings, resources_and_their_use, security_contexts, shared_processes],
     two: [a_pods_life, endings, resources_and_their_use, security_contexts, shared_processes]
 );
 
 fn a_pods_life(version: Version) {
     let host = Host::claim();
-    let cri = Cri::start(&host, version);
+    life(&host, &Cri::start(&host, version));
+}
+
+pub fn life(host: &Host, cri: &Cri<'_>) {
     let mut config = cri.pod("life");
     config.dns_config = Some(DnsConfig {
         servers: vec!["10.0.0.53".to_owned()],
@@ -305,7 +308,10 @@ fn security_contexts(version: Version) {
 /// `shareProcessNamespace`.
 fn shared_processes(version: Version) {
     let host = Host::claim();
-    let cri = Cri::start(&host, version);
+    shared_processes_in(&Cri::start(&host, version));
+}
+
+pub fn shared_processes_in(cri: &Cri<'_>) {
     let shared = NamespaceOption {
         pid: NamespaceMode::Pod.into(),
         ..Default::default()
@@ -320,7 +326,7 @@ fn shared_processes(version: Version) {
         linux.security_context.as_mut().unwrap().namespace_options = Some(shared.clone());
         cri.run(&pod, &config, one)
     };
-    let first = with("first", "exec sleep 4321");
+    let first = with("first", "sleep 5555 & exec sleep 4321");
     let second = with("second", "exec sleep 8765");
     for id in [&first, &second] {
         let seen = cri.output(id, "ps");
@@ -328,18 +334,53 @@ fn shared_processes(version: Version) {
             seen.contains("sleep 4321") && seen.contains("sleep 8765"),
             "{seen}"
         );
-        assert!(cri.output(id, "cat /proc/1/cmdline").starts_with("sleep"));
+        // PID 1 is none of theirs, and no way into the guest.
+        cri.output(id, "test ! -e /proc/1/root/run/caisson");
     }
     // One container's end is not the other's.
     cri.stop(&first, 0);
     assert_eq!(cri.ended(&first).exit_code, 137);
-    assert!(cri.output(&second, "ps").contains("sleep 8765"));
+    // All of it has gone, although the namespace has not.
+    let seen = cri.output(&second, "ps");
+    assert!(!seen.contains("sleep 5555"), "{seen}");
+    cri.remove(&first);
+    let third = with("third", "exec sleep 1234");
+    for id in [&second, &third] {
+        let seen = cri.output(id, "ps");
+        assert!(
+            seen.contains("sleep 1234") && seen.contains("sleep 8765"),
+            "{seen}"
+        );
+    }
     cri.remove_pod(&pod);
 }
 
 fn endings(version: Version) {
     let host = Host::claim();
     let cri = Cri::start(&host, version);
+    endings_in(&host, &cri);
+    // The host's network is not for a guest (`hostNetwork`).
+    refused_on_host(&cri, |options| {
+        options.network = NamespaceMode::Node.into();
+        "network"
+    });
+    refused_on_host(&cri, |options| {
+        options.pid = NamespaceMode::Node.into();
+        "PID"
+    });
+}
+
+/// A pod that wants one of the host's namespaces: `ask` gives the name that the error has.
+pub fn refused_on_host(cri: &Cri<'_>, ask: impl Fn(&mut NamespaceOption) -> &'static str) {
+    let mut config = cri.pod("host");
+    let context = &mut config.linux.as_mut().unwrap().security_context;
+    let options = context.as_mut().unwrap().namespace_options.as_mut();
+    let name = ask(options.unwrap());
+    let refused = cri.try_run_pod(&config).unwrap_err();
+    assert!(refused.message().contains(name), "{refused}");
+}
+
+pub fn endings_in(host: &Host, cri: &Cri<'_>) {
     let config = cri.pod("endings");
     let pod = cri.run_pod(&config);
     let failed = cri.run(&pod, &config, container("failed", "exit 9"));
@@ -378,11 +419,4 @@ fn endings(version: Version) {
     crate::containerd::daemon::kill(host.processes_of("caisson-vmm")[0]);
     assert_eq!(cri.ended(&last).exit_code, 137);
     cri.remove_pod(&pod);
-    // The host's network is not for a guest (`hostNetwork`).
-    let mut on_host = cri.pod("host");
-    let context = &mut on_host.linux.as_mut().unwrap().security_context;
-    let options = &mut context.as_mut().unwrap().namespace_options;
-    options.as_mut().unwrap().network = NamespaceMode::Node.into();
-    let refused = cri.try_run_pod(&on_host).unwrap_err();
-    assert!(refused.message().contains("network"), "{refused}");
 }

@@ -24,8 +24,8 @@ const STDERR: u8 = 2;
 const STATUS: u8 = 3;
 const RESIZE: u8 = 4;
 
-/// Streams of one process.
-struct Streams {
+/// Streams of one process, or of one forwarded port or two.
+pub struct Streams {
     socket: WebSocket<TcpStream>,
     /// What has come, by channel.
     received: [Vec<u8>; 4],
@@ -33,7 +33,7 @@ struct Streams {
 
 impl Streams {
     #[track_caller]
-    fn open(url: &str) -> Self {
+    pub fn open(url: &str) -> Self {
         let uri: Uri = url.replacen("http", "ws", 1).parse().unwrap();
         let stream = TcpStream::connect(uri.authority().unwrap().as_str()).unwrap();
         stream.set_read_timeout(Some(seconds(20.0))).unwrap();
@@ -45,18 +45,23 @@ impl Streams {
         }
     }
 
-    fn send(&mut self, channel: u8, text: &str) {
-        let mut bytes = vec![channel];
-        bytes.extend(text.as_bytes());
-        self.socket.send(Message::binary(bytes)).unwrap();
+    pub fn send(&mut self, channel: u8, bytes: impl AsRef<[u8]>) {
+        let mut message = vec![channel];
+        message.extend(bytes.as_ref());
+        self.socket.send(Message::binary(message)).unwrap();
     }
 
-    fn text(&self, channel: u8) -> String {
+    /// What has come on a channel and was not yet taken.
+    pub fn take(&mut self, channel: u8) -> Vec<u8> {
+        std::mem::take(&mut self.received[usize::from(channel)])
+    }
+
+    pub fn text(&self, channel: u8) -> String {
         String::from_utf8_lossy(&self.received[usize::from(channel)]).into_owned()
     }
 
     /// Reads one message; false at the end.
-    fn read(&mut self) -> bool {
+    pub fn read(&mut self) -> bool {
         match self.socket.read() {
             Ok(Message::Binary(bytes)) => {
                 if let Some((channel, bytes)) = bytes.split_first() {
@@ -72,7 +77,7 @@ impl Streams {
 
     /// Reads until a channel has a text.
     #[track_caller]
-    fn expect(&mut self, channel: u8, wanted: &str) {
+    pub fn expect(&mut self, channel: u8, wanted: &str) {
         while !self.text(channel).contains(wanted) {
             assert!(
                 self.read(),
@@ -123,7 +128,7 @@ fn exec_and_attach(version: Version) {
     assert_eq!(plain.text(STDERR), "err\n");
 
     let mut terminal = exec("read word; stty size; test -t 0", true);
-    terminal.send(RESIZE, &json!({ "Width": 100, "Height": 30 }).to_string());
+    terminal.send(RESIZE, json!({ "Width": 100, "Height": 30 }).to_string());
     // The size is on its way by another call than the word.
     let resized = until(seconds(10.0), || {
         let sizes = cri.output(
@@ -148,7 +153,7 @@ fn exec_and_attach(version: Version) {
         };
         let answer = cri.call(async |mut client| client.attach(request).await);
         let mut attached = Streams::open(&answer.unwrap().url);
-        attached.send(STDIN, &format!("{word}\n"));
+        attached.send(STDIN, format!("{word}\n"));
         attached.expect(STDOUT, &format!("got {word}"));
     }
     let logged = until(seconds(10.0), || {

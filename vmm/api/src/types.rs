@@ -210,6 +210,10 @@ pub enum BlockContents {
 pub struct NetConfig {
     /// Tap queues (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, `IFF_MULTI_QUEUE` when several), one per queue pair.
     pub taps: Vec<Fd>,
+    /// Open `/dev/vhost-net`s, one per queue pair: the host's kernel moves the frames. Or none: the
+    /// VMM does, which alone knows rate limits.
+    #[serde(default)]
+    pub vhost_nets: Vec<Fd>,
     /// Address of the guest's interface.
     pub mac: [u8; 6],
     /// Bytes; offered as VIRTIO_NET_F_MTU.
@@ -435,6 +439,7 @@ mod tests {
             DeviceConfig::Mem,
             DeviceConfig::Net(NetConfig {
                 taps: vec![Fd(9)],
+                vhost_nets: vec![Fd(10)],
                 mac: [2, 0, 0, 0, 0, 1],
                 mtu: 1500,
                 rx_rate_limit: Some(limit),
@@ -442,7 +447,7 @@ mod tests {
             }),
             DeviceConfig::Fs {
                 tag: "volumes".into(),
-                socket: Fd(10),
+                socket: Fd(11),
                 queues: 1,
             },
         ]

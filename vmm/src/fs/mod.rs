@@ -2,15 +2,14 @@
 //! process answers by vhost-user.
 //!
 //! This device only introduces the two to each other: the server works on the
-//! queues in guest memory by itself. It passes the server's notifications on
-//! as interrupts, and when the server goes away it answers in its place, with
-//! I/O errors.
+//! queues in guest memory and raises the interrupt by itself. When the server
+//! goes away this device answers in its place, with I/O errors.
 //!
 //! Which requests a server that went away had in flight is seen from the used
 //! ring alone, so the server must complete each queue's requests in the order
 //! they were made available, as caisson-fs does (it serves one at a time).
 //!
-//! System calls of the thread: poll, eventfd2, read and write (eventfds), sendmsg,
+//! System calls of the thread: poll, write (eventfds), sendmsg,
 //! sendto, recvfrom (the server's socket), close, write (log), and the
 //! allocator's and futex.
 
@@ -31,7 +30,6 @@ use rustix::{
     io::Errno,
 };
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::{
     memory::GuestMemory,
@@ -146,15 +144,18 @@ impl Device for Fs {
 
     fn run(&mut self, active: &mut Active) -> Result<(), DeviceError> {
         if let Some(backend) = &mut self.backend {
-            let call =
-                EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(DeviceError::io("eventfd"))?;
             let before = used_indexes(active)?;
             let served = if std::mem::take(&mut self.stale) {
                 backend.reset()
             } else {
                 Ok(())
             };
-            let served = served.and_then(|()| serve(backend, active, &call));
+            active.interrupt.raised_elsewhere(true);
+            let served = served.and_then(|()| serve(backend, active));
+            active.interrupt.raised_elsewhere(false);
+            // What the server raised at the last moment, and answers whose notification it did
+            // not live to send.
+            active.interrupt.used();
             // The back end has moved the rings; without it, what it has not answered is open.
             let used = used_indexes(active)?;
             count(active, &before, &used);
@@ -167,8 +168,6 @@ impl Device for Fs {
                 Ok(()) => return Ok(()),
                 Err(error) => self.lose(&error),
             }
-            // Answers whose notification it did not live to send.
-            active.interrupt.used();
         }
         orphan::answer(active)
     }
@@ -195,16 +194,12 @@ impl Device for Fs {
 }
 
 /// Lets the back end work until `active.stop` is readable.
-fn serve(
-    backend: &mut Backend,
-    active: &mut Active,
-    call: &EventFd,
-) -> Result<(), vhost_user::Error> {
+fn serve(backend: &mut Backend, active: &Active) -> Result<(), vhost_user::Error> {
     backend.start(active.features, &active.memory)?;
     let queues = || (0u32..).zip(&active.queues);
     for (index, queue) in queues() {
         if let Some(queue) = queue {
-            backend.start_queue(index, queue, call)?;
+            backend.start_queue(index, queue, active.interrupt.irqfd())?;
             // It looks at the queue once: earlier kicks may be lost. A full counter is as good.
             let _ = queue.kick().write(1);
         }
@@ -212,19 +207,13 @@ fn serve(
     loop {
         let mut fds = [
             PollFd::from_borrowed_fd(event_fd(&active.stop), PollFlags::IN),
-            PollFd::from_borrowed_fd(event_fd(call), PollFlags::IN),
             PollFd::new(backend, PollFlags::IN | PollFlags::RDHUP),
         ];
         match poll(&mut fds, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let [stop, called, gone] = fds.map(|fd| !fd.revents().is_empty());
-        if called {
-            // It counts calls; one interrupt is as good.
-            let _ = call.read();
-            active.interrupt.used();
-        }
+        let [stop, gone] = fds.map(|fd| !fd.revents().is_empty());
         if stop {
             break;
         }
@@ -236,10 +225,6 @@ fn serve(
         if queue.is_some() {
             backend.stop_queue(index)?;
         }
-    }
-    // What the back end completed before it stopped.
-    if call.read().is_ok() {
-        active.interrupt.used();
     }
     Ok(())
 }

@@ -144,8 +144,14 @@ impl Machine {
             .iter()
             .map(|fd| fds.take(*fd, "tap"))
             .collect::<Result<_, _>>()?;
+        let vhosts = config
+            .vhost_nets
+            .iter()
+            .map(|fd| fds.take(*fd, "vhost-net"))
+            .collect::<Result<_, _>>()?;
         Net::new(
             taps,
+            vhosts,
             config.mac,
             config.mtu,
             config.rx_rate_limit.as_ref(),

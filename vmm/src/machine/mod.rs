@@ -22,7 +22,7 @@ use std::{
 use caisson_vmm_api::{
     BootConfig, Description, DeviceConfig, MemoryConfig, RunState, SlotDescription, VcpuConfig,
 };
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 pub use bus::{Bus, PortWrite, SLOT_COUNT};
@@ -41,7 +41,7 @@ use crate::{
     memory::{GuestMemory, MemoryLayout},
     pmem::Pmem,
     vcpu::{RunningVcpu, Vcpu},
-    virtio::{Device, QUEUE_NOTIFY, Transport, TransportState},
+    virtio::{Device, INTERRUPT_ACK, QUEUE_NOTIFY, Transport, TransportState},
 };
 
 /// Most vCPUs of a guest (`CONFIG_NR_CPUS` of the guest kernel).
@@ -347,6 +347,10 @@ impl Machine {
                 .register_ioevent(kick, &notify, queue)
                 .map_err(MachineError::kvm("KVM_IOEVENTFD"))?;
         }
+        let acknowledge = IoEventAddress::Mmio(bus::slot_address(slot) + INTERRUPT_ACK);
+        self.vm
+            .register_ioevent(transport.acknowledged(), &acknowledge, NoDatamatch)
+            .map_err(MachineError::kvm("KVM_IOEVENTFD"))?;
         self.vm
             .register_irqfd(transport.interrupt().irqfd(), bus::slot_interrupt(slot))
             .map_err(MachineError::kvm("KVM_IRQFD"))
@@ -359,6 +363,10 @@ impl Machine {
                 .unregister_ioevent(kick, &notify, queue)
                 .map_err(MachineError::kvm("KVM_IOEVENTFD (deassign)"))?;
         }
+        let acknowledge = IoEventAddress::Mmio(bus::slot_address(slot) + INTERRUPT_ACK);
+        self.vm
+            .unregister_ioevent(transport.acknowledged(), &acknowledge, NoDatamatch)
+            .map_err(MachineError::kvm("KVM_IOEVENTFD (deassign)"))?;
         self.vm
             .unregister_irqfd(transport.interrupt().irqfd(), bus::slot_interrupt(slot))
             .map_err(MachineError::kvm("KVM_IRQFD (deassign)"))

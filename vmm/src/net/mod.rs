@@ -1,19 +1,21 @@
 //! virtio-net (virtio 1.2 section 5.1) on a tap device that the parent opened.
 //!
-//! One thread serves all queue pairs. Checksums and segmentation are left to
+//! One thread serves all queue pairs; or it only attends to what the host's kernel does not, when
+//! that moves the frames (vhost-net). Checksums and segmentation are left to
 //! whoever can do them best: the header before each frame goes through as it
 //! is, and the kernel checks it.
 //!
 //! System calls of the thread: poll, readv and writev (tap), read and write
-//! (eventfds), ioctl (TUNSETOFFLOAD, TUNSETQUEUE), timerfd_settime, write
-//! (log), and the allocator's and futex. Before the thread: ioctl (TUNGETIFF,
-//! TUNSETVNETHDRSZ), fcntl, timerfd_create.
+//! (eventfds), ioctl (TUNGETIFF, TUNSETOFFLOAD, TUNSETQUEUE, vhost-net's), timerfd_settime,
+//! write (log), and the allocator's and futex. Before the thread: ioctl (TUNSETVNETHDRSZ,
+//! VHOST_SET_OWNER, VHOST_GET_FEATURES), fcntl, eventfd2, timerfd_create.
 
 mod control;
 mod pair;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod vhost;
 
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -36,6 +38,7 @@ use crate::{
 };
 use pair::{Direction, ETHERNET_BYTES, MAX_FRAME_BYTES, Pair, Waiting};
 use tap::{HEADER_BYTES, OFFLOAD_CSUM, OFFLOAD_TSO4, OFFLOAD_TSO6, Tap};
+use vhost::Vhost;
 
 /// Device type.
 const ID: u32 = 1;
@@ -66,6 +69,8 @@ pub type Report = Box<dyn Fn(String) + Send>;
 pub struct Net {
     config: Arc<Config>,
     pairs: Vec<Pair>,
+    /// One per pair, or none: then this process moves the frames.
+    vhosts: Vec<Vhost>,
     queue_sizes: Vec<u16>,
     rx_limiter: Option<RateLimiter>,
     tx_limiter: Option<RateLimiter>,
@@ -118,13 +123,16 @@ struct Mode {
 }
 
 impl Net {
-    /// A network interface on `taps`, one per queue pair.
+    /// A network interface on `taps`, one per queue pair. `vhosts` are as many open
+    /// `/dev/vhost-net`s, by which the host's kernel moves the frames, or none.
     ///
     /// # Errors
-    /// [`DeviceError::Backend`]: no taps or too many, a multicast address, an MTU below 68, or a
-    /// descriptor that is no tap with IFF_NO_PI and IFF_VNET_HDR.
+    /// [`DeviceError::Backend`]: no taps or too many, another number of vhosts, a limit on frames
+    /// that the kernel moves, a multicast address, an MTU below 68, or a descriptor that is no tap
+    /// with IFF_NO_PI and IFF_VNET_HDR, or no vhost-net.
     pub fn new(
         taps: Vec<OwnedFd>,
+        vhosts: Vec<OwnedFd>,
         mac: [u8; 6],
         mtu: u16,
         rx_limit: Option<&RateLimit>,
@@ -136,6 +144,17 @@ impl Net {
             return Err(DeviceError::Backend(format!(
                 "{count} tap queues: 1 to {MAX_PAIRS} are possible"
             )));
+        }
+        if ![0, count].contains(&vhosts.len()) {
+            return Err(DeviceError::Backend(format!(
+                "{} vhost-nets for {count} tap queues",
+                vhosts.len()
+            )));
+        }
+        if !vhosts.is_empty() && (rx_limit.is_some() || tx_limit.is_some()) {
+            return Err(DeviceError::Backend(
+                "vhost-net knows no limits: an interface has either".into(),
+            ));
         }
         if mac[0] & 1 != 0 || mac == [0; 6] {
             return Err(DeviceError::Backend(format!(
@@ -156,6 +175,10 @@ impl Net {
                     .map_err(|error| DeviceError::Backend(format!("tap queue {index}: {error}")))
             })
             .collect::<Result<Vec<_>, _>>()?;
+        let vhosts = vhosts
+            .into_iter()
+            .map(|fd| Vhost::new(fd).map_err(DeviceError::io("vhost-net")))
+            .collect::<Result<Vec<_>, _>>()?;
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * count];
         if count > 1 {
             queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -174,6 +197,7 @@ impl Net {
                 generation: AtomicU32::new(0),
             }),
             pairs,
+            vhosts,
             queue_sizes,
             rx_limiter: limiter(rx_limit)?,
             tx_limiter: limiter(tx_limit)?,
@@ -223,6 +247,10 @@ impl Net {
         Ok(())
     }
 
+    fn is_link_up(&self) -> bool {
+        self.config.link_up.load(Ordering::Relaxed)
+    }
+
     fn link_lost(&self, active: &Active) {
         if self.config.link_up.swap(false, Ordering::AcqRel) {
             self.config.generation.fetch_add(1, Ordering::AcqRel);
@@ -231,17 +259,24 @@ impl Net {
         }
     }
 
+    /// Answers the driver's commands; whether it has set the number of used pairs.
+    fn answer_commands(&mut self, active: &mut Active, mode: &Mode) -> Result<bool, DeviceError> {
+        let queue = mode
+            .control
+            .and_then(|index| active.queues.get_mut(index)?.as_mut());
+        let Some(queue) = queue else {
+            return Ok(false);
+        };
+        let set = control::serve(queue, &active.memory, self.config.max_pairs)?;
+        queue.signal(&active.memory, &active.interrupt)?;
+        self.used_pairs = set.unwrap_or(self.used_pairs);
+        Ok(set.is_some())
+    }
+
     fn serve(&mut self, active: &mut Active, mode: &Mode) -> Result<(), DeviceError> {
         loop {
-            if let Some(index) = mode.control
-                && let Some(queue) = active.queues.get_mut(index).and_then(Option::as_mut)
-            {
-                let set = control::serve(queue, &active.memory, self.config.max_pairs)?;
-                queue.signal(&active.memory, &active.interrupt)?;
-                if let Some(pairs) = set {
-                    self.used_pairs = pairs;
-                    self.attach_pairs()?;
-                }
+            if self.answer_commands(active, mode)? {
+                self.attach_pairs()?;
             }
             let mut states = Vec::with_capacity(self.pairs.len());
             for index in 0..usize::from(self.used_pairs) {
@@ -267,7 +302,7 @@ impl Net {
         let Some(queue) = active.queues.get_mut(2 * index).and_then(Option::as_mut) else {
             return Ok(Waiting::Driver);
         };
-        if !self.config.link_up.load(Ordering::Relaxed) {
+        if !self.is_link_up() {
             return Ok(Waiting::Gone);
         }
         let direction = Direction {
@@ -404,6 +439,9 @@ impl Device for Net {
                 Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {}
                 Err(error) => return Err(DeviceError::io("TUNSETOFFLOAD")(error)),
             }
+        }
+        if !self.vhosts.is_empty() {
+            return self.attend(active, &mode);
         }
         self.attach_pairs()?;
         let result = self.serve(active, &mode);

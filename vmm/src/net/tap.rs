@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 use rustix::fs::OFlags;
@@ -53,6 +53,13 @@ impl Tap {
     pub(super) fn set_offload(&self, flags: u32) -> io::Result<()> {
         let value = std::ptr::without_provenance_mut::<u8>(flags as usize);
         self.ioctl(TUNSETOFFLOAD, value)
+    }
+
+    /// Whether the interface has been removed under it.
+    pub(super) fn is_gone(&self) -> bool {
+        let mut request = interface_request();
+        let asked = self.ioctl(TUNGETIFF, &raw mut request);
+        asked.is_err_and(|error| error.raw_os_error() == Some(libc::EBADFD))
     }
 
     /// Lets frames come to this queue, or not. Only for taps of several queues.
@@ -108,6 +115,12 @@ impl Tap {
             0.. => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -142,7 +142,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 fn start(features: u64) -> (TestDriver<Net>, OwnedFd) {
     let Link { taps, host } = link(1);
-    let net = Net::new(taps, MAC, MTU, None, None, Box::new(|_| {})).unwrap();
+    let net = Net::new(taps, Vec::new(), MAC, MTU, None, None, Box::new(|_| {})).unwrap();
     (TestDriver::start(net, features), host)
 }
 
@@ -272,7 +272,16 @@ fn the_rate_limit_holds() {
         burst_operations: 1,
         ..RateLimit::default()
     };
-    let net = Net::new(taps, MAC, MTU, None, Some(&limit), Box::new(|_| {})).unwrap();
+    let net = Net::new(
+        taps,
+        Vec::new(),
+        MAC,
+        MTU,
+        None,
+        Some(&limit),
+        Box::new(|_| {}),
+    )
+    .unwrap();
     let mut driver = TestDriver::start(net, 0);
     let start = Instant::now();
     for count in 0..5u8 {
@@ -297,7 +306,7 @@ fn a_tap_that_goes_away_takes_the_link_down() {
         let told = told.clone();
         Box::new(move |message| told.lock().unwrap().push(message))
     };
-    let net = Net::new(taps, MAC, MTU, None, None, report).unwrap();
+    let net = Net::new(taps, Vec::new(), MAC, MTU, None, None, report).unwrap();
     let config = net.config();
     let mut driver = TestDriver::start(net, 0);
     give_buffers(&mut driver, 8, 1600);
@@ -335,7 +344,7 @@ fn a_tap_that_goes_away_takes_the_link_down() {
 #[test]
 fn the_driver_chooses_how_many_pairs_it_uses() {
     let Link { taps, host: _host } = link(2);
-    let net = Net::new(taps, MAC, MTU, None, None, Box::new(|_| {})).unwrap();
+    let net = Net::new(taps, Vec::new(), MAC, MTU, None, None, Box::new(|_| {})).unwrap();
     assert_eq!(net.queue_sizes(), [256, 256, 256, 256, 64]);
     let mut driver = TestDriver::start(net, F_MQ | F_CTRL_VQ);
     let mut command = |bytes: &[u8]| {
@@ -367,9 +376,24 @@ fn the_driver_chooses_how_many_pairs_it_uses() {
 
 #[test]
 fn configurations_that_make_no_interface_are_refused() {
-    let new = |taps, mac, mtu| Net::new(taps, mac, mtu, None, None, Box::new(|_| {}));
+    let new = |taps, mac, mtu| Net::new(taps, Vec::new(), mac, mtu, None, None, Box::new(|_| {}));
     let message = |result: Result<Net, DeviceError>| result.map(drop).unwrap_err().to_string();
     assert!(message(new(Vec::new(), MAC, MTU)).contains("0 tap queues"));
+    let vhost = |count, limit: Option<&RateLimit>| {
+        let vhosts = (0..count).map(|_| link(1).taps.remove(0)).collect();
+        message(Net::new(
+            link(1).taps,
+            vhosts,
+            MAC,
+            MTU,
+            None,
+            limit,
+            Box::new(|_| {}),
+        ))
+    };
+    assert!(vhost(2, None).contains("2 vhost-nets for 1 tap"));
+    assert!(vhost(1, Some(&RateLimit::default())).contains("knows no limits"));
+    assert!(vhost(1, None).starts_with("vhost-net: VHOST_SET_OWNER: "));
     assert!(message(new(link(1).taps, [1; 6], MTU)).contains("address"));
     assert!(message(new(link(1).taps, MAC, 67)).contains("MTU"));
     let (pipe, _writer) = std::io::pipe().unwrap();
@@ -378,7 +402,16 @@ fn configurations_that_make_no_interface_are_refused() {
 
 #[test]
 fn the_configuration_is_as_the_driver_reads_it() {
-    let net = Net::new(link(1).taps, MAC, 1400, None, None, Box::new(|_| {})).unwrap();
+    let net = Net::new(
+        link(1).taps,
+        Vec::new(),
+        MAC,
+        1400,
+        None,
+        None,
+        Box::new(|_| {}),
+    )
+    .unwrap();
     let mut bytes = [0xff; 14];
     net.config().read(0, &mut bytes);
     assert_eq!(bytes[..6], MAC);
@@ -390,7 +423,16 @@ fn the_configuration_is_as_the_driver_reads_it() {
 /// Without GUEST_CSUM nothing may come that needs it, whatever else was accepted.
 #[test]
 fn offloads_follow_the_features() {
-    let net = Net::new(link(1).taps, MAC, MTU, None, None, Box::new(|_| {})).unwrap();
+    let net = Net::new(
+        link(1).taps,
+        Vec::new(),
+        MAC,
+        MTU,
+        None,
+        None,
+        Box::new(|_| {}),
+    )
+    .unwrap();
     assert_eq!(net.mode(F_GUEST_TSO4 | F_GUEST_TSO6).offload, 0);
     assert_eq!(net.mode(0).needed, 12 + 18 + 1500);
     let mode = net.mode(F_GUEST_CSUM | F_GUEST_TSO4);

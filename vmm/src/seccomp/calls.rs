@@ -100,12 +100,10 @@ const NET: &[c_long] = &[libc::SYS_timerfd_settime, libc::SYS_readv];
 
 /// An eventfd for each queue goes to the file server when the driver starts the device.
 const FS: &[c_long] = &[
-    libc::SYS_eventfd2,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_recvmsg,
     libc::SYS_recvfrom,
-    libc::SYS_eventfd2,
 ];
 
 /// Pages of shared memory are given back by punching holes into their memfd.

@@ -1,7 +1,7 @@
 //! Which requests of ioctl(2) each kind of thread makes.
 //!
 //! Numbers as `asm-generic/ioctl.h` builds them from direction, type, number and size of the
-//! argument; KVM's are in `linux/kvm.h`, those of taps in `linux/if_tun.h`, those of block
+//! argument; KVM's are in `linux/kvm.h`, those of taps in `linux/if_tun.h`, vhost-net's in `linux/vhost.h`, those of block
 //! devices in `linux/fs.h`.
 
 use std::mem::size_of;
@@ -59,9 +59,22 @@ const VSOCK: &[u32] = &[FIONBIO];
 const FIONBIO: u32 = 0x5421;
 
 const NET: &[u32] = &[
-    request(WRITE, 0x54, 208, 4), // TUNSETOFFLOAD
-    request(WRITE, 0x54, 217, 4), // TUNSETQUEUE
+    request(WRITE, 0x54, 208, 4),          // TUNSETOFFLOAD
+    request(WRITE, 0x54, 217, 4),          // TUNSETQUEUE
+    request(READ, 0x54, 210, 4),           // TUNGETIFF
+    request(WRITE, VHOST, 0x00, 8),        // VHOST_SET_FEATURES
+    request(WRITE, VHOST, 0x03, 8),        // VHOST_SET_MEM_TABLE
+    request(WRITE, VHOST, 0x10, 8),        // VHOST_SET_VRING_NUM
+    request(WRITE, VHOST, 0x11, 40),       // VHOST_SET_VRING_ADDR
+    request(WRITE, VHOST, 0x12, 8),        // VHOST_SET_VRING_BASE
+    request(READ | WRITE, VHOST, 0x12, 8), // VHOST_GET_VRING_BASE
+    request(WRITE, VHOST, 0x20, 8),        // VHOST_SET_VRING_KICK
+    request(WRITE, VHOST, 0x21, 8),        // VHOST_SET_VRING_CALL
+    request(WRITE, VHOST, 0x22, 8),        // VHOST_SET_VRING_ERR
+    request(WRITE, VHOST, 0x30, 8),        // VHOST_NET_SET_BACKEND
 ];
+
+const VHOST: u32 = 0xaf;
 
 /// Building, saving and restoring a microVM, and back ends' descriptors.
 const API_ONLY: &[u32] = &[
@@ -111,7 +124,8 @@ const API_ONLY: &[u32] = &[
     kvm(0xad),                                    // KVM_KVMCLOCK_CTRL
     request(READ, 0x12, 114, size_of::<usize>()), // BLKGETSIZE64
     request(NONE, 0x12, 104, 0),                  // BLKSSZGET
-    request(READ, 0x54, 210, 4),                  // TUNGETIFF
+    request(READ, VHOST, 0x00, 8),                // VHOST_GET_FEATURES
+    request(NONE, VHOST, 0x01, 0),                // VHOST_SET_OWNER
     request(WRITE, 0x54, 216, 4),                 // TUNSETVNETHDRSZ
 ];
 
@@ -142,7 +156,9 @@ mod tests {
         assert_eq!(kvm_both::<kvm_msr_list>(0x02), 0xc004_ae02);
         assert_eq!(kvm_get::<kvm_irqchip>(0x63), 0x8208_ae63);
         assert_eq!(kvm_get::<kvm_xsave>(0xa4), 0x9000_aea4);
-        assert_eq!(NET, [0x4004_54d0, 0x4004_54d9]);
+        assert_eq!(NET[..3], [0x4004_54d0, 0x4004_54d9, 0x8004_54d2]);
+        assert_eq!(NET[7], 0x4008_af12);
+        assert_eq!(NET[8], 0xc008_af12);
     }
 
     #[test]

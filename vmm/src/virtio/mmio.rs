@@ -23,6 +23,8 @@ use crate::memory::GuestMemory;
 pub const SLOT_BYTES: u64 = 0x1000;
 /// Offset of `QueueNotify`.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Offset of `InterruptACK`, see [`Interrupt::take_status`].
+pub const INTERRUPT_ACK: u64 = 0x64;
 
 /// "virt"
 const MAGIC: u32 = 0x7472_6976;
@@ -97,6 +99,7 @@ pub struct Transport {
     memory: GuestMemory,
     kicks: Vec<EventFd>,
     interrupt: Interrupt,
+    acknowledged: EventFd,
     stop: EventFd,
     completed: Arc<AtomicU64>,
     status: Arc<AtomicU32>,
@@ -146,6 +149,7 @@ impl Transport {
             memory,
             kicks,
             interrupt,
+            acknowledged: eventfd()?,
             stop: eventfd()?,
             completed: Arc::new(AtomicU64::new(0)),
             status,
@@ -172,6 +176,11 @@ impl Transport {
     /// The interrupt line, for an irqfd.
     pub fn interrupt(&self) -> &Interrupt {
         &self.interrupt
+    }
+
+    /// Takes the driver's writes to `InterruptACK`, for an ioeventfd. Nobody reads it.
+    pub fn acknowledged(&self) -> &EventFd {
+        &self.acknowledged
     }
 
     /// A driver set DRIVER_OK and has not reset the device.
@@ -231,7 +240,7 @@ impl Transport {
                 .get(self.registers.queue_sel as usize)
                 .map_or(0, |size| u32::from(*size)),
             0x44 => self.queue().map_or(0, |queue| u32::from(queue.ready)),
-            0x60 => self.interrupt.status(),
+            0x60 => self.interrupt.take_status(),
             0x70 => self.status(),
             // There are no shared memory regions: length and base are all ones.
             0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
@@ -252,7 +261,6 @@ impl Transport {
                     let _ = kick.write(1);
                 }
             }
-            0x64 => self.interrupt.acknowledge(value),
             0x70 => self.set_status(value),
             0x38..=0xa4 if self.status() & STATUS_DRIVER_OK == 0 => {
                 self.configure_queue(offset, value);
@@ -391,7 +399,7 @@ impl Transport {
             other => self.place = other,
         }
         self.registers = Registers::for_queues(&self.queue_sizes);
-        self.interrupt.acknowledge(u32::MAX);
+        self.interrupt.clear();
         self.status.store(0, Ordering::Release);
     }
 

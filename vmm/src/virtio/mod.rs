@@ -20,8 +20,8 @@ pub use device::{Active, ConfigSpace, Device, DeviceError, DeviceState, EmptyCon
 pub use interrupt::Interrupt;
 pub use iovec::append_iovecs;
 pub use mmio::{
-    F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, QUEUE_NOTIFY, SLOT_BYTES, Transport, TransportState,
-    read_empty,
+    F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, INTERRUPT_ACK, QUEUE_NOTIFY, SLOT_BYTES, Transport,
+    TransportState, read_empty,
 };
 pub use queue::{ActiveQueue, QueueError, QueueSetup, RingAddresses};
 pub use worker::OnFailure;

@@ -49,7 +49,7 @@ fn a_name_moves_to_what_is_loaded_last() {
     let second = bench.load_simple("app:1", "two");
     assert_eq!(bench.store.get("app:1").unwrap().id, second);
     assert!(bench.store.get(&first.hex()).unwrap().references.is_empty());
-    let pruned = bench.store.prune().unwrap();
+    let pruned = bench.store.prune(Prune::Dangling).unwrap();
     assert_eq!(
         (pruned.deleted, pruned.deleted_layers.len()),
         (vec![first], 1)
@@ -115,7 +115,14 @@ fn an_image_in_use_stays() {
     // Force takes the name only.
     let removed = bench.store.remove("app", true).unwrap();
     assert_eq!((removed.untagged.len(), removed.deleted.len()), (1, 0));
-    assert!(bench.store.prune().unwrap().deleted.is_empty());
+    assert!(
+        bench
+            .store
+            .prune(Prune::Dangling)
+            .unwrap()
+            .deleted
+            .is_empty()
+    );
     assert!(image.layers[0].path.exists());
     assert_eq!(
         bench.store.leases().unwrap(),
@@ -132,7 +139,7 @@ fn an_image_in_use_stays() {
     ));
     bench.store.release("web-1").unwrap();
     bench.store.release("web-1").unwrap();
-    assert_eq!(bench.store.prune().unwrap().deleted, [id]);
+    assert_eq!(bench.store.prune(Prune::Dangling).unwrap().deleted, [id]);
     assert!(!image.layers[0].path.exists());
     for bad in ["", "../x", "a/b", ".x", "-x", &"x".repeat(129)] {
         assert!(

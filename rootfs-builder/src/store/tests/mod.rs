@@ -3,6 +3,7 @@
 mod keeping;
 mod loading;
 mod refused;
+mod saving;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -71,7 +72,10 @@ impl Bench {
             }
         }
         files.retain(|file| {
-            !["lock", "version", "layers", "images", "leases", "tmp"].contains(&file.as_str())
+            ![
+                "lock", "version", "layers", "blobs", "images", "leases", "tmp",
+            ]
+            .contains(&file.as_str())
         });
         files.sort();
         files

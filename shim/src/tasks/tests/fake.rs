@@ -20,7 +20,7 @@ use super::super::*;
 use crate::events::Sent;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum FakeStage {
+pub(crate) enum FakeStage {
     Created,
     Running,
     Stopped,
@@ -28,47 +28,47 @@ pub(super) enum FakeStage {
 
 /// How a fake guest behaves.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Manners {
-    pub(super) boot_ms: u64,
-    pub(super) create_ms: u64,
-    pub(super) start_ms: u64,
+pub(crate) struct Manners {
+    pub(crate) boot_ms: u64,
+    pub(crate) create_ms: u64,
+    pub(crate) start_ms: u64,
     /// The process ends before the answer to its start is out.
-    pub(super) ends_at_once: bool,
+    pub(crate) ends_at_once: bool,
     /// The program is not there.
-    pub(super) start_fails: bool,
+    pub(crate) start_fails: bool,
     /// Output goes on for so long after the end.
-    pub(super) drain_ms: u64,
+    pub(crate) drain_ms: u64,
     /// Nobody hears of the ends of execs that go with their container.
-    pub(super) hides_execs: bool,
+    pub(crate) hides_execs: bool,
 }
 
 #[derive(Default)]
-pub(super) struct FakeState {
-    pub(super) processes: HashMap<Name, FakeStage>,
+pub(crate) struct FakeState {
+    pub(crate) processes: HashMap<Name, FakeStage>,
     /// The agent's ends of streams.
-    pub(super) streams: HashMap<Name, UnixStream>,
-    pub(super) gone: Option<Gone>,
+    pub(crate) streams: HashMap<Name, UnixStream>,
+    pub(crate) gone: Option<Gone>,
 }
 
-pub(super) struct FakePod {
-    pub(super) manners: Manners,
-    pub(super) state: Mutex<FakeState>,
-    pub(super) events: mpsc::Sender<Event>,
+pub(crate) struct FakePod {
+    pub(crate) manners: Manners,
+    pub(crate) state: Mutex<FakeState>,
+    pub(crate) events: mpsc::Sender<Event>,
 }
 
-pub(super) fn refusal(kind: AgentErrorKind) -> SandboxError {
+pub(crate) fn refusal(kind: AgentErrorKind) -> SandboxError {
     SandboxError::Agent {
         kind,
         message: format!("{kind:?}"),
     }
 }
 
-pub(super) fn name_of(container: &str, exec: &str) -> Name {
+pub(crate) fn name_of(container: &str, exec: &str) -> Name {
     (container.to_owned(), exec.to_owned())
 }
 
 impl FakePod {
-    pub(super) fn add(&self, name: Name) -> Result<Created, SandboxError> {
+    pub(crate) fn add(&self, name: Name) -> Result<Created, SandboxError> {
         let mut state = self.state.lock().unwrap();
         if state.processes.contains_key(&name) {
             return Err(refusal(AgentErrorKind::AlreadyExists));
@@ -86,7 +86,7 @@ impl FakePod {
     }
 
     /// Ends a process, and with a container's first its execs. Their ends may be told in any order.
-    pub(super) async fn end(self: &Arc<Self>, name: &Name, status: u32) {
+    pub(crate) async fn end(self: &Arc<Self>, name: &Name, status: u32) {
         let ended: Vec<(Name, Option<UnixStream>)> = {
             let mut state = self.state.lock().unwrap();
             let all: Vec<Name> = state
@@ -131,7 +131,7 @@ impl FakePod {
         }
     }
 
-    pub(super) async fn die(&self) {
+    pub(crate) async fn die(&self) {
         let gone = Gone {
             reason: ExitReason::GuestPanic,
             console_tail: "Kernel panic".to_owned(),
@@ -147,7 +147,7 @@ impl FakePod {
         let _ = self.events.send(Event::Gone(gone)).await;
     }
 
-    pub(super) fn alive(&self) -> Result<(), SandboxError> {
+    pub(crate) fn alive(&self) -> Result<(), SandboxError> {
         match &self.state.lock().unwrap().gone {
             Some(gone) => Err(SandboxError::Gone(gone.clone())),
             None => Ok(()),
@@ -271,18 +271,18 @@ impl Pod for Arc<FakePod> {
         Err(SandboxError::Invalid("a fake counts nothing".to_owned()))
     }
 
-    async fn stop(&self) -> Result<(), SandboxError> {
+    async fn stop(&self, _: Duration) -> Result<(), SandboxError> {
         self.die().await;
         Ok(())
     }
 }
 
 #[derive(Clone, Default)]
-pub(super) struct FakePods {
-    pub(super) manners: Manners,
-    pub(super) booted: Arc<Mutex<Option<Arc<FakePod>>>>,
-    pub(super) boots: Arc<AtomicUsize>,
-    pub(super) cleaned: Arc<AtomicBool>,
+pub(crate) struct FakePods {
+    pub(crate) manners: Manners,
+    pub(crate) booted: Arc<Mutex<Option<Arc<FakePod>>>>,
+    pub(crate) boots: Arc<AtomicUsize>,
+    pub(crate) cleaned: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -309,15 +309,15 @@ impl Pods for FakePods {
     }
 }
 
-pub(super) struct Bench {
-    pub(super) tasks: Arc<Tasks>,
-    pub(super) pods: FakePods,
-    pub(super) sent: Sent,
-    pub(super) bundle: tempfile::TempDir,
+pub(crate) struct Bench {
+    pub(crate) tasks: Arc<Tasks>,
+    pub(crate) pods: FakePods,
+    pub(crate) sent: Sent,
+    pub(crate) bundle: tempfile::TempDir,
 }
 
 impl Bench {
-    pub(super) fn new(manners: Manners) -> Self {
+    pub(crate) fn new(manners: Manners) -> Self {
         let bundle = tempfile::tempdir().unwrap();
         let spec = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},"linux":{"namespaces":[{"type":"network"}]}}"#;
         std::fs::write(bundle.path().join("config.json"), spec).unwrap();
@@ -340,7 +340,7 @@ impl Bench {
         }
     }
 
-    pub(super) fn creation(&self, id: &str) -> Creation {
+    pub(crate) fn creation(&self, id: &str) -> Creation {
         Creation {
             id: id.to_owned(),
             bundle: self.bundle.path().to_owned(),
@@ -349,16 +349,16 @@ impl Bench {
         }
     }
 
-    pub(super) async fn exec(&self, id: &str, exec: &str) -> Result<(), Error> {
+    pub(crate) async fn exec(&self, id: &str, exec: &str) -> Result<(), Error> {
         let process = br#"{"cwd":"/","args":["x"],"user":{"uid":0,"gid":0}}"#.to_vec();
         self.tasks.exec(id, exec, process, Paths::default()).await
     }
 
-    pub(super) fn topics(&mut self) -> Vec<&'static str> {
+    pub(crate) fn topics(&mut self) -> Vec<&'static str> {
         self.sent.take().iter().map(|event| event.topic).collect()
     }
 
-    pub(super) fn pod(&self) -> Arc<FakePod> {
+    pub(crate) fn pod(&self) -> Arc<FakePod> {
         self.pods.booted.lock().unwrap().clone().unwrap()
     }
 }

@@ -1,6 +1,6 @@
 //! What containerd hears of a pod, one case at a time.
 
-mod fake;
+pub mod fake;
 mod stories;
 
 use std::{sync::atomic::Ordering, time::Duration};
@@ -173,4 +173,24 @@ async fn a_stopping_shim_tells_the_ends() {
     bench.tasks.start("c", "").await.unwrap();
     bench.tasks.stop().await;
     assert_eq!(bench.topics(), [topic::CREATE, topic::START, topic::EXIT]);
+}
+
+#[tokio::test]
+async fn the_command_line_says_names_by_annotations() {
+    let bench = Bench::new(Manners::default());
+    let spec = serde_json::json!({
+        "ociVersion": "1.2.0",
+        "annotations": {
+            "caisson.dns.servers": "10.0.0.1 fd00::1",
+            "caisson.dns.searches": "example.test",
+            "caisson.hosts": "10.0.0.9\tdb\n10.0.0.1\tgateway",
+        },
+        "linux": { "namespaces": [{ "type": "network", "path": "/run/netns/x" }] },
+    });
+    let spec = serde_json::from_value(spec).unwrap();
+    let sandbox = bench.tasks.sandbox_of(&spec, false).unwrap();
+    assert_eq!(sandbox.dns_servers, ["10.0.0.1", "fd00::1"]);
+    assert_eq!(sandbox.dns_searches, ["example.test"]);
+    assert!(sandbox.dns_options.is_empty());
+    assert_eq!(sandbox.extra_hosts, ["10.0.0.9\tdb", "10.0.0.1\tgateway"]);
 }

@@ -1,0 +1,570 @@
+//! What a running container has of its networks: addresses, ports, and what netavark was told.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use caisson_sandbox::Config;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{
+    address, namespace, namespace_of,
+    netavark::Netavark,
+    networks_of,
+    ports::{self, Port, Reserved},
+    resolver,
+    store::{Network, Networks},
+};
+use crate::{
+    container::{Container, Containers},
+    error::Error,
+};
+
+/// A container's record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The host's boot: of an earlier one nothing is left but the record.
+    boot: String,
+    /// Its id.
+    pub container: String,
+    /// Its name.
+    pub name: String,
+    /// Its interfaces, one a network.
+    pub endpoints: Vec<Endpoint>,
+    /// Its ports, each with the host's.
+    pub ports: Vec<Port>,
+    /// What netavark is told to make, and to take away.
+    input: Value,
+}
+
+/// An interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Name of the network.
+    pub network: String,
+    /// Id of the network.
+    pub network_id: String,
+    /// "eth0".
+    pub interface: String,
+    /// Hardware address.
+    pub mac: String,
+    /// Addresses with the lengths of their networks' prefixes.
+    pub addresses: Vec<IpNet>,
+    /// The host's address for each of them.
+    pub gateways: Vec<IpAddr>,
+    /// Names beside the container's.
+    pub aliases: Vec<String>,
+}
+
+impl Attachment {
+    /// Whether it has addresses of IPv4, and of IPv6.
+    pub fn families(&self) -> (bool, bool) {
+        families(&self.endpoints)
+    }
+
+    /// Reads a container's record; there is none of one that does not run or has no networks.
+    pub fn read(config: &Config, id: &str) -> Option<Self> {
+        read(&path(&Networks::of(config), id)).ok()
+    }
+
+    /// Every record.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn all(networks: &Networks) -> Result<Vec<Self>, Error> {
+        let directory = networks.attached();
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(Error::file("list", &directory))?,
+        };
+        let records = entries.flatten().map(|entry| entry.path()).filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "json")
+        });
+        Ok(records.filter_map(|path| read(&path).ok()).collect())
+    }
+}
+
+fn families(endpoints: &[Endpoint]) -> (bool, bool) {
+    let has = |six| {
+        let mut all = endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+        all.any(|address| matches!(address, IpNet::V6(_)) == six)
+    };
+    (has(false), has(true))
+}
+
+fn path(networks: &Networks, id: &str) -> PathBuf {
+    networks.attached().join(format!("{id}.json"))
+}
+
+fn read(path: &Path) -> io::Result<Attachment> {
+    serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)
+}
+
+fn boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
+/// Gives a container its addresses, its ports of the host for as long as the second value lives,
+/// and an empty namespace. `None`: it asks for no networks. What is made is for [`detach`] to take
+/// away, also after an error.
+///
+/// # Errors
+/// An address or a port is taken, a network is gone or full.
+pub fn prepare(
+    containers: &Containers,
+    container: &Container,
+) -> Result<Option<(Attachment, Reserved)>, Error> {
+    let config = &containers.config;
+    let wanted = &container.request.network;
+    let found = networks_of(config, wanted)?;
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let networks = Networks::of(config);
+    forget_strangers(containers, &networks)?;
+    let _lock = networks.lock()?;
+    for network in &found {
+        // It may have gone since it was looked up.
+        networks.get(&network.name)?;
+    }
+    let others = Attachment::all(&networks)?;
+    let endpoints = endpoints(container, &found, &others)?;
+    let (v4, v6) = families(&endpoints);
+    let mut ports = wanted.ports.clone();
+    let reserved = ports::reserve(&mut ports, v4, v6)?;
+    let input = input(container, &found, &endpoints, &ports);
+    let attachment = Attachment {
+        boot: boot(),
+        container: container.id.clone(),
+        name: container.name.clone(),
+        endpoints,
+        ports,
+        input,
+    };
+    let text = serde_json::to_vec_pretty(&attachment).map_err(|error| Error::Io {
+        what: "encode a container's networks",
+        source: io::Error::other(error),
+    })?;
+    let path = path(&networks, &container.id);
+    // One name for all, under the lock: what a killed one has left is written over.
+    let new = networks.attached().join("new");
+    fs::write(&new, text)
+        .and_then(|()| fs::rename(&new, &path))
+        .map_err(Error::file("write", path))?;
+    namespace::make(&namespace_of(config, &container.id))?;
+    Ok(Some((attachment, reserved)))
+}
+
+/// Makes a container's interfaces and rules.
+///
+/// # Errors
+/// netavark's words.
+pub fn connect(config: &Config, attachment: &Attachment) -> Result<(), Error> {
+    let networks = Networks::of(config);
+    let with_names = attachment.input["network_info"]
+        .as_object()
+        .is_some_and(|all| all.values().any(|network| network["dns_enabled"] == true));
+    let netavark = Netavark::find(config, with_names)?;
+    // Two at once would each read the rules before the other has changed them.
+    let _lock = networks.lock()?;
+    netavark.set_up(
+        &attachment.input,
+        &namespace_of(config, &attachment.container),
+    )
+}
+
+/// Takes away all that a container has of its networks. Nothing is no error.
+///
+/// # Errors
+/// Its namespace or its record stays.
+pub fn detach(config: &Config, id: &str) -> Result<(), Error> {
+    let networks = Networks::of(config);
+    let path = path(&networks, id);
+    if !path.exists() {
+        return Ok(());
+    }
+    let _lock = networks.lock()?;
+    let namespace = namespace_of(config, id);
+    match read(&path) {
+        // Since then the host has restarted, or somebody was faster.
+        Ok(attachment) if attachment.boot != boot() => {}
+        Ok(attachment) => {
+            if let Err(error) = tear_down(config, &attachment, &namespace) {
+                log::warn!("container {id}: {error}");
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => log::warn!("{} is damaged: {error}", path.display()),
+    }
+    namespace::remove(&namespace)?;
+    fs::remove_file(&path).map_err(Error::file("remove", path))?;
+    if Attachment::all(&networks)?.is_empty() {
+        Netavark::forget(config);
+    }
+    // Others' namespaces keep it.
+    let _ =
+        fs::remove_dir(config.run_dir.join("netns")).and_then(|()| fs::remove_dir(&config.run_dir));
+    Ok(())
+}
+
+fn tear_down(config: &Config, attachment: &Attachment, namespace: &Path) -> Result<(), Error> {
+    // It goes on when there is nothing in it, but wants one.
+    namespace::make(namespace)?;
+    Netavark::find(config, false)?.tear_down(&attachment.input, namespace)
+}
+
+/// Takes away what containers have whose directory somebody has removed.
+fn forget_strangers(containers: &Containers, networks: &Networks) -> Result<(), Error> {
+    for attachment in Attachment::all(networks)? {
+        if !containers.directory(&attachment.container).exists() {
+            detach(&containers.config, &attachment.container)?;
+        }
+    }
+    Ok(())
+}
+
+/// An interface for each network, with addresses that nobody has.
+fn endpoints(
+    container: &Container,
+    networks: &[Network],
+    others: &[Attachment],
+) -> Result<Vec<Endpoint>, Error> {
+    let wanted = &container.request.network;
+    let all = || others.iter().flat_map(|other| &other.endpoints);
+    for address in &wanted.addresses {
+        check_address(*address, networks, others)?;
+    }
+    let mut made = Vec::new();
+    for (index, network) in networks.iter().enumerate() {
+        let taken: HashSet<IpAddr> = all()
+            .filter(|endpoint| endpoint.network_id == network.id)
+            .flat_map(|endpoint| endpoint.addresses.iter().map(IpNet::addr))
+            .collect();
+        let mut addresses = Vec::new();
+        for subnet in &network.subnets {
+            let mut given = wanted.addresses.iter().copied();
+            let address = given
+                .find(|address| subnet.subnet.contains(address))
+                .or_else(|| address::lease(subnet, &taken))
+                .ok_or_else(|| {
+                    Error::State(format!(
+                        "network {} has no address left in {}",
+                        network.name,
+                        subnet.range.unwrap_or(subnet.subnet)
+                    ))
+                })?;
+            let net = IpNet::new(address, subnet.subnet.prefix_len());
+            addresses.extend(net.ok());
+        }
+        let mac = wanted.mac.clone().unwrap_or_else(|| {
+            addresses
+                .first()
+                .map(|address| address::mac_of(address.addr()))
+                .unwrap_or_default()
+        });
+        if let Some(other) = others.iter().find(|other| {
+            let mut endpoints = other.endpoints.iter();
+            endpoints.any(|one| one.network_id == network.id && one.mac == mac)
+        }) {
+            return Err(Error::State(format!(
+                "--mac-address {mac}: container {} in network {} has it",
+                other.name, network.name
+            )));
+        }
+        made.push(Endpoint {
+            network: network.name.clone(),
+            network_id: network.id.clone(),
+            interface: format!("eth{index}"),
+            mac,
+            gateways: network
+                .subnets
+                .iter()
+                .map(|subnet| subnet.gateway)
+                .collect(),
+            aliases: wanted.aliases.clone(),
+            addresses,
+        });
+    }
+    Ok(made)
+}
+
+/// An address that was asked for can be had, and nobody has it.
+fn check_address(wanted: IpAddr, networks: &[Network], others: &[Attachment]) -> Result<(), Error> {
+    let flag = if wanted.is_ipv4() { "--ip" } else { "--ip6" };
+    let subnet = |network: &Network| {
+        let mut subnets = network.subnets.iter();
+        subnets.any(|subnet| address::can_have(subnet, wanted))
+    };
+    let Some(network) = networks.iter().find(|network| subnet(network)) else {
+        let names: Vec<&str> = networks
+            .iter()
+            .map(|network| network.name.as_str())
+            .collect();
+        return Err(Error::State(format!(
+            "{flag} {wanted}: not an address that a container can have in network {}",
+            names.join(", ")
+        )));
+    };
+    let has = |other: &&Attachment| {
+        other.endpoints.iter().any(|endpoint| {
+            let mut addresses = endpoint.addresses.iter();
+            endpoint.network_id == network.id && addresses.any(|net| net.addr() == wanted)
+        })
+    };
+    match others.iter().find(has) {
+        Some(other) => Err(Error::State(format!(
+            "{flag} {wanted}: container {} has it",
+            other.name
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// What netavark reads: its `NetworkOptions`.
+fn input(
+    container: &Container,
+    networks: &[Network],
+    endpoints: &[Endpoint],
+    ports: &[Port],
+) -> Value {
+    let wanted = &container.request.network;
+    let (mut interfaces, mut about) = (Map::new(), Map::new());
+    for (index, (network, endpoint)) in networks.iter().zip(endpoints).enumerate() {
+        let mut aliases = endpoint.aliases.clone();
+        aliases.push(container.short_id().to_owned());
+        interfaces.insert(
+            network.name.clone(),
+            json!({
+                "interface_name": endpoint.interface,
+                "static_ips": endpoint.addresses.iter().map(IpNet::addr).collect::<Vec<_>>(),
+                "static_mac": endpoint.mac,
+                "aliases": aliases,
+            }),
+        );
+        let subnets: Vec<Value> = network
+            .subnets
+            .iter()
+            .map(|subnet| json!({ "subnet": subnet.subnet, "gateway": subnet.gateway }))
+            .collect();
+        let mut options = Map::new();
+        // Containers of one network do not reach those of another.
+        options.insert("isolate".to_owned(), json!("true"));
+        // The first network leads out.
+        options.insert("metric".to_owned(), json!((100 + index).to_string()));
+        if let Some(mtu) = network.mtu {
+            options.insert("mtu".to_owned(), json!(mtu.to_string()));
+        }
+        about.insert(
+            network.name.clone(),
+            json!({
+                "name": network.name,
+                "id": network.id,
+                "driver": "bridge",
+                "network_interface": network.bridge,
+                "subnets": subnets,
+                "ipv6_enabled": network.has_v6(),
+                "internal": network.internal,
+                "dns_enabled": resolver::serves_names(network),
+                "network_dns_servers": [],
+                "ipam_options": { "driver": "host-local" },
+                "options": options,
+            }),
+        );
+    }
+    let mappings: Vec<Value> = ports
+        .iter()
+        .map(|port| {
+            json!({
+                "host_ip": port.host_ip.map(|address| address.to_string()).unwrap_or_default(),
+                "host_port": port.host_port,
+                "container_port": port.container_port,
+                "protocol": port.protocol,
+                "range": 1,
+            })
+        })
+        .collect();
+    json!({
+        "container_id": container.id,
+        "container_name": container.name,
+        "networks": interfaces,
+        "network_info": about,
+        "port_mappings": mappings,
+        "dns_servers": wanted.dns,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::{Mode, Wanted, store::Subnet};
+
+    struct Fixture {
+        _directory: tempfile::TempDir,
+        config: Config,
+        networks: Networks,
+        network: Network,
+    }
+
+    fn fixture(subnet: &str) -> Fixture {
+        let directory = tempfile::tempdir().unwrap();
+        let config = Config {
+            state_dir: directory.path().to_owned(),
+            run_dir: directory.path().join("run"),
+            ..Config::default()
+        };
+        let networks = Networks::of(&config);
+        drop(networks.lock().unwrap());
+        let network = Network {
+            name: "one".to_owned(),
+            id: "1d".repeat(32),
+            created: std::time::SystemTime::UNIX_EPOCH,
+            bridge: "caisson7".to_owned(),
+            subnets: vec![Subnet::of(subnet.parse().unwrap())],
+            internal: false,
+            dns: true,
+            mtu: None,
+            labels: std::collections::BTreeMap::new(),
+        };
+        Fixture {
+            _directory: directory,
+            config,
+            networks,
+            network,
+        }
+    }
+
+    fn container(id: &str, address: Option<&str>) -> Container {
+        let mut container = Container::new(
+            id.to_owned(),
+            format!("name-{id}"),
+            String::new(),
+            String::new(),
+            vec![],
+        );
+        container.request.network = Wanted {
+            mode: Mode::Networks(vec!["one".to_owned()]),
+            addresses: address
+                .map(|text| text.parse().unwrap())
+                .into_iter()
+                .collect(),
+            ports: crate::network::ports::publish("127.0.0.1:81:80").unwrap(),
+            ..Wanted::default()
+        };
+        container
+    }
+
+    fn attachment(container: &Container, endpoints: Vec<Endpoint>) -> Attachment {
+        Attachment {
+            boot: boot(),
+            container: container.id.clone(),
+            name: container.name.clone(),
+            endpoints,
+            ports: vec![],
+            input: Value::Null,
+        }
+    }
+
+    #[test]
+    fn addresses_are_given_once_until_there_are_none() {
+        let fixture = fixture("192.0.2.0/29");
+        let networks = [fixture.network.clone()];
+        let mut others = Vec::new();
+        for last in 2..7 {
+            let container = container(&last.to_string(), None);
+            let made = endpoints(&container, &networks, &others).unwrap();
+            assert_eq!(
+                made[0].addresses[0].to_string(),
+                format!("192.0.2.{last}/29")
+            );
+            assert_eq!(made[0].mac, format!("0e:ca:c0:00:02:{last:02x}"));
+            others.push(attachment(&container, made));
+        }
+        let full = endpoints(&container("8", None), &networks, &others).unwrap_err();
+        assert!(full.to_string().contains("no address left in 192.0.2.0/29"));
+        for (address, word) in [
+            ("192.0.2.3", "container name-3 has it"),
+            ("192.0.2.1", "not an address"),
+            ("192.0.2.7", "not an address"),
+            ("198.51.100.2", "not an address"),
+            ("fd00::2", "not an address"),
+        ] {
+            let wanted = container("9", Some(address));
+            let error = endpoints(&wanted, &networks, &others)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains(word), "{address}: {error}");
+        }
+        others.remove(1);
+        let again = endpoints(&container("9", Some("192.0.2.3")), &networks, &others).unwrap();
+        assert_eq!(again[0].addresses[0].to_string(), "192.0.2.3/29");
+        let mut same = container("9", Some("192.0.2.3"));
+        same.request.network.mac = Some("0e:ca:c0:00:02:02".to_owned());
+        let error = endpoints(&same, &networks, &others)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("name-2"), "{error}");
+    }
+
+    #[test]
+    fn netavark_is_told_all() {
+        let fixture = fixture("192.0.2.0/24");
+        let networks = [fixture.network.clone()];
+        let container = container("0123456789abcdef", Some("192.0.2.9"));
+        let made = endpoints(&container, &networks, &[]).unwrap();
+        let told = input(
+            &container,
+            &networks,
+            &made,
+            &container.request.network.ports,
+        );
+        assert_eq!(told["networks"]["one"]["static_ips"], json!(["192.0.2.9"]));
+        assert_eq!(told["networks"]["one"]["aliases"], json!(["0123456789ab"]));
+        assert_eq!(told["network_info"]["one"]["dns_enabled"], true);
+        assert_eq!(
+            told["network_info"]["one"]["subnets"],
+            json!([{ "subnet": "192.0.2.0/24", "gateway": "192.0.2.1" }])
+        );
+        assert_eq!(
+            told["port_mappings"],
+            json!([{ "host_ip": "127.0.0.1", "host_port": 81, "container_port": 80, "protocol": "tcp", "range": 1 }])
+        );
+    }
+
+    #[test]
+    fn records_are_found_again() {
+        let fixture = fixture("192.0.2.0/24");
+        let container = container("a", None);
+        let record = attachment(&container, vec![]);
+        fs::write(
+            path(&fixture.networks, "a"),
+            serde_json::to_vec(&record).unwrap(),
+        )
+        .unwrap();
+        fs::write(path(&fixture.networks, "b"), "damaged").unwrap();
+        fs::write(fixture.networks.attached().join("new"), "unfinished").unwrap();
+        assert_eq!(Attachment::all(&fixture.networks).unwrap(), [record]);
+    }
+
+    #[test]
+    fn after_a_restart_of_the_host_there_is_only_the_record() {
+        let fixture = fixture("192.0.2.0/24");
+        let mut record = attachment(&container("a", None), vec![]);
+        record.boot = "an earlier one".to_owned();
+        let path = path(&fixture.networks, "a");
+        fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
+        // What a file system that outlives the host has kept of the namespace.
+        let namespace = namespace_of(&fixture.config, "a");
+        fs::create_dir_all(namespace.parent().unwrap()).unwrap();
+        fs::write(&namespace, []).unwrap();
+        detach(&fixture.config, "a").unwrap();
+        assert!(!path.exists() && !namespace.exists() && !fixture.config.run_dir.exists());
+        detach(&fixture.config, "a").unwrap();
+    }
+}

@@ -1,0 +1,151 @@
+//! System calls on volumes.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+
+use caisson_tests::{Host, seconds, until};
+
+use super::{descriptors, tools, volume};
+
+#[test]
+fn calls_do_what_their_pages_say() {
+    let host = Host::claim();
+    let (directory, flag) = volume(&host);
+    let words = [
+        "run",
+        "--rm",
+        "-v",
+        &flag,
+        tools(&host),
+        "python3",
+        "-c",
+        include_str!("calls.py"),
+        "/data",
+    ];
+    let finished = host.caisson(words).ok();
+    assert_eq!(finished.stdout().matches("ok ").count(), 9, "{finished}");
+    let mapped = fs::read(directory.join("mapped")).unwrap();
+    assert_eq!(&mapped[..8], b"by write");
+    assert_eq!(&mapped[4096..4104], b"by store");
+}
+
+/// People have 50,000 files and open one 100,000 times.
+#[test]
+fn many_files_come_and_go_and_keep_no_descriptors() {
+    const FILES: usize = 300;
+    const OPENS: usize = 500;
+    let host = Host::claim();
+    let (directory, flag) = volume(&host);
+    let script = format!(
+        r#"
+import os
+def step(name):
+    open("/data/at-" + name, "w").close()
+    while os.path.exists("/data/at-" + name):
+        pass
+os.mkdir("/data/many")
+step("begin")
+for number in range({FILES}):
+    with open(f"/data/many/{{number}}", "w") as file:
+        file.write(str(number))
+names = os.listdir("/data/many")
+assert sorted(map(int, names)) == list(range({FILES})), len(names)
+assert sum(os.stat("/data/many/" + name).st_size for name in names) == sum(len(str(n)) for n in range({FILES}))
+step("made")
+for name in names:
+    os.unlink("/data/many/" + name)
+assert os.listdir("/data/many") == []
+os.rmdir("/data/many")
+step("removed")
+open("/data/one", "w").close()
+for _ in range({OPENS}):
+    os.close(os.open("/data/one", os.O_RDONLY))
+step("opened")
+"#
+    );
+    let words = [
+        "run",
+        "--rm",
+        "-v",
+        &flag,
+        tools(&host),
+        "python3",
+        "-c",
+        &script,
+    ];
+    let mut running = host.command(words).within(60.0).start();
+    let mut counts = Vec::new();
+    for step in ["begin", "made", "removed", "opened"] {
+        let mark = directory.join(format!("at-{step}"));
+        let seen = until(seconds(20.0), || {
+            (mark.exists() || !running.is_running()).then_some(())
+        });
+        if seen.is_none() || !mark.exists() {
+            break;
+        }
+        if step == "made" {
+            assert_eq!(fs::read_dir(directory.join("many")).unwrap().count(), FILES);
+        }
+        counts.push(descriptors(&host));
+        fs::remove_file(&mark).unwrap();
+    }
+    let finished = running.finish().ok();
+    assert_eq!(counts.len(), 4, "{finished}");
+    // One for each file whose name the guest keeps, and none for what has gone or was closed.
+    assert!(counts[2] <= counts[0] + 20, "{counts:?}");
+    assert!(counts[3] <= counts[0] + 20, "{counts:?}");
+}
+
+/// As kubelet publishes configMaps, secrets and tokens: `key -> ..data/key`, `..data -> ..VERSION`.
+#[test]
+fn a_directory_swapped_by_a_link_is_seen_at_once() {
+    const VERSIONS: usize = 5;
+    let host = Host::claim();
+    let (directory, flag) = volume(&host);
+    let publish = |version: usize| {
+        let name = format!("..version_{version}");
+        fs::create_dir(directory.join(&name)).unwrap();
+        for key in ["key", "other"] {
+            fs::write(directory.join(&name).join(key), format!("{version}\n")).unwrap();
+        }
+        symlink(&name, directory.join("..data_tmp")).unwrap();
+        fs::rename(directory.join("..data_tmp"), directory.join("..data")).unwrap();
+        if let Some(last) = version.checked_sub(1) {
+            let _ = fs::remove_dir_all(directory.join(format!("..version_{last}")));
+        }
+    };
+    publish(0);
+    for key in ["key", "other"] {
+        symlink(format!("..data/{key}"), directory.join(key)).unwrap();
+    }
+    // Each round reads the version, so that the guest has it cached, and once more at once after
+    // the host has said that there is another.
+    let script = format!(
+        "cd /data; for round in $(seq 1 {VERSIONS}); do
+             ls -l >/dev/null; cat key other >/dev/null; : >/data/ready-$round
+             until [ -e /data/go-$round ]; do :; done
+             cat key other
+         done"
+    );
+    let words = [
+        "run",
+        "--rm",
+        "-v",
+        &flag,
+        host.busybox(),
+        "sh",
+        "-c",
+        &script,
+    ];
+    let running = host.command(words).start();
+    let mut expected = String::new();
+    for version in 1..=VERSIONS {
+        let ready = directory.join(format!("ready-{version}"));
+        let seen = until(seconds(15.0), || ready.exists().then_some(()));
+        assert!(seen.is_some(), "{}", running.finish());
+        publish(version);
+        fs::write(directory.join(format!("go-{version}")), "").unwrap();
+        expected.push_str(&format!("{version}\n{version}\n"));
+    }
+    running.finish().expect_stdout(&expected);
+}
