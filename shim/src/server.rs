@@ -18,7 +18,8 @@ use containerd_shim_protos::{
     ttrpc::r#async::{Server, Service as TtrpcService, transport::Listener},
 };
 use tokio::{
-    net::UnixListener,
+    io::AsyncReadExt,
+    net::{UnixListener, unix::pipe},
     signal::unix::{SignalKind, signal},
 };
 
@@ -113,10 +114,12 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
             tasks.clone(),
         ))));
     server.start().await?;
+    let known = known()?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::io("watch for SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::io("watch for SIGINT"))?;
     tokio::select! {
         () = tasks.ended.notified() => {}
+        () = abandoned(known) => log::warn!("nobody was told of this shim; it ends"),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
@@ -127,6 +130,31 @@ async fn serve(arguments: Arguments, config: Config, listener: StdListener) -> R
     // Answers under way get out.
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())
+}
+
+/// The pipe on standard output by which `start` says that it has told its caller of this server.
+///
+/// # Errors
+/// Standard output cannot be taken.
+fn known() -> Result<OwnedFd, Error> {
+    let taken = || -> std::io::Result<OwnedFd> {
+        let pipe = std::io::stdout().as_fd().try_clone_to_owned()?;
+        // Not for this server's children.
+        let null = std::fs::File::options().write(true).open("/dev/null")?;
+        rustix::stdio::dup2_stdout(&null)?;
+        Ok(pipe)
+    };
+    taken().map_err(Error::io("take standard output"))
+}
+
+/// Comes back when the pipe is closed without a word. Never if it is none: somebody serves by hand.
+async fn abandoned(known: OwnedFd) {
+    if let Ok(mut pipe) = pipe::Receiver::from_owned_fd(known)
+        && matches!(pipe.read(&mut [0]).await, Ok(0))
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 /// Task v3, and the same under its name before containerd 2.0: v3 is a renamed copy of v2, and

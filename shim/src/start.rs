@@ -23,6 +23,7 @@ use rustix::{
         AddressFamily, SocketAddrUnix, SocketType,
         sockopt::{self, Timeout},
     },
+    pipe::PipeFlags,
 };
 
 use crate::{arguments::Arguments, bootstrap, error::Error};
@@ -39,6 +40,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// Longest to wait for others that bind sockets.
 const BIND_LIMIT: Duration = Duration::from_secs(10);
 
+/// Sockets of others that each start looks at: each look wakes a server.
+const LOOKED_AT: usize = 4;
+
 /// Runs the verb.
 ///
 /// # Errors
@@ -52,13 +56,20 @@ pub fn run(mut arguments: Arguments) -> Result<(), Error> {
     let directory = directory.unwrap_or_else(|| socket_dir(&config));
     let socket = socket_path(&directory, &arguments.namespace, &pod);
     // Somebody else of the pod may have been first.
-    if !is_served(&socket) {
-        serve(&config, &arguments, &bundle, &pod, &socket)?;
-    }
+    let server = if is_served(&socket) {
+        None
+    } else {
+        Some(serve(&config, &arguments, &bundle, &pod, &socket)?)
+    };
     let address = format!("{SCHEME}{}", socket.display());
     let file = bundle.join("address");
     fs::write(&file, &address).map_err(Error::file("write", file))?;
-    bootstrap::answer(&address, bootstrapped)
+    bootstrap::answer(&address, bootstrapped)?;
+    let Some(server) = server else { return Ok(()) };
+    rustix::io::write(server, &[0]).map(drop).map_err(|error| {
+        remove_socket(&config, &socket);
+        Error::io("tell the server of the answer: it has died")(error)
+    })
 }
 
 /// The pod that the bundle's container belongs to, if it belongs to one.
@@ -118,13 +129,15 @@ pub fn socket_dir_of(bundle: &Path) -> Option<PathBuf> {
     path.parent().map(Path::to_owned)
 }
 
+/// Starts a server. Unless a byte is written to the pipe that is returned, the server ends when it
+/// is closed: a caller that this program did not answer, because it was killed, knows of none.
 fn serve(
     config: &Config,
     arguments: &Arguments,
     bundle: &Path,
     pod: &str,
     socket: &Path,
-) -> Result<(), Error> {
+) -> Result<OwnedFd, Error> {
     let listener = bind(socket)?;
     let started = spawn(arguments, bundle, pod, listener.into());
     if started.is_err() {
@@ -164,6 +177,7 @@ fn bind(socket: &Path) -> Result<UnixListener, Error> {
         {
             let _ = fs::remove_file(socket);
         }
+        remove_dead_sockets(parent);
         match UnixListener::bind(socket) {
             Ok(listener) => {
                 fs::set_permissions(socket, fs::Permissions::from_mode(0o600)).map_err(fail())?;
@@ -177,7 +191,44 @@ fn bind(socket: &Path) -> Result<UnixListener, Error> {
     Err(fail()(io::ErrorKind::TimedOut.into()))
 }
 
-fn spawn(arguments: &Arguments, bundle: &Path, pod: &str, listener: OwnedFd) -> Result<(), Error> {
+/// Looks at a few sockets in the directory, others each time, and removes those that nobody serves.
+/// One stays behind where this program or a server is killed while nobody yet, or any more, would
+/// call `delete` for it. The caller holds the directory's lock, so that none is being made.
+fn remove_dead_sockets(directory: &Path) {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return;
+    };
+    let sockets: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| is_ours(path))
+        .collect();
+    let first = std::process::id() as usize % sockets.len().max(1);
+    for socket in sockets
+        .iter()
+        .cycle()
+        .skip(first)
+        .take(LOOKED_AT.min(sockets.len()))
+    {
+        if !is_served(socket) {
+            let _ = fs::remove_file(socket);
+        }
+    }
+}
+
+/// Whether the path is one that [`socket_path`] has made: the directory can be containerd's, for
+/// all its shims.
+fn is_ours(socket: &Path) -> bool {
+    let name = socket.file_name().and_then(|name| name.to_str());
+    let hash = name.and_then(|name| name.strip_suffix(".sock"));
+    hash.is_some_and(|hash| hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+fn spawn(
+    arguments: &Arguments,
+    bundle: &Path,
+    pod: &str,
+    listener: OwnedFd,
+) -> Result<OwnedFd, Error> {
     let mut command =
         Command::new(std::env::current_exe().map_err(Error::io("find this program"))?);
     command
@@ -200,15 +251,18 @@ fn spawn(arguments: &Arguments, bundle: &Path, pod: &str, listener: OwnedFd) -> 
     if arguments.debug {
         command.arg("-debug");
     }
+    let (known, knows) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .map_err(Error::io("make a pipe to the server"))?;
     let child = command
         .current_dir(bundle)
         .stdin(listener)
-        .stdout(Stdio::null())
+        .stdout(known)
         .stderr(log_of(bundle)?)
         .spawn()
         .map_err(Error::io("start the server"))?;
     let file = bundle.join("shim.pid");
-    fs::write(&file, child.id().to_string()).map_err(Error::file("write", file))
+    fs::write(&file, child.id().to_string()).map_err(Error::file("write", file))?;
+    Ok(knows)
 }
 
 /// containerd makes a FIFO of that name and reads it; else it is a file.
@@ -254,7 +308,14 @@ mod tests {
         drop(bind(&socket).unwrap());
         let live = bind(&socket).unwrap();
         assert!(bind(&socket).is_err(), "a live one is left alone");
-        drop(live);
+        drop(bind(&socket_path(&sockets, "n", "dead")).unwrap());
+        fs::write(sockets.join("containerd's"), "").unwrap();
+        let other = bind(&socket_path(&sockets, "n", "other")).unwrap();
+        let left = fs::read_dir(&sockets).unwrap().count();
+        assert_eq!(left, 3, "dead ones go with the next that is made");
+        drop((live, other));
+        fs::remove_file(sockets.join("containerd's")).unwrap();
+        fs::remove_file(socket_path(&sockets, "n", "other")).unwrap();
         remove_socket(&config, &socket);
         assert!(!config.run_dir.exists());
     }

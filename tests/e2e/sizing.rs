@@ -32,6 +32,10 @@ struct Pod<'a> {
     shim: TaskClient,
 }
 
+fn bundle_of(id: &str) -> PathBuf {
+    format!("/var/lib/caisson/containers/{id}/bundle").into()
+}
+
 impl<'a> Pod<'a> {
     fn start(host: &'a Host) -> Self {
         let words = format!(
@@ -39,18 +43,17 @@ impl<'a> Pod<'a> {
             host.busybox()
         );
         let finished = with_files(host, &[("config.toml", CONFIG)], &words).ok();
-        let sockets = fs::read_dir("/run/caisson/shim").unwrap();
-        let socket = sockets.last().unwrap().unwrap().path();
-        let client = Client::connect(&format!("unix://{}", socket.display())).unwrap();
+        let id = finished.line();
+        let address = fs::read_to_string(bundle_of(&id).join("address")).unwrap();
         Self {
             host,
-            id: finished.line(),
-            shim: TaskClient::new(client),
+            id,
+            shim: TaskClient::new(Client::connect(&address).unwrap()),
         }
     }
 
     fn bundle(&self) -> PathBuf {
-        format!("/var/lib/caisson/containers/{}/bundle", self.id).into()
+        bundle_of(&self.id)
     }
 
     fn update(&self, resources: &Value) -> Result<(), String> {
