@@ -16,6 +16,9 @@ pub const SHARE_DIR: &str = "/run/caisson/share";
 /// Files that the agent makes for the pod: hosts, hostname, resolv.conf.
 pub const POD_FILES_DIR: &str = "/run/caisson/pod";
 
+/// Where copies of published volumes are, by their numbers.
+pub const PUBLISHED_DIR: &str = "/run/caisson/published";
+
 /// Shared memory of the pod, bound to every container's /dev/shm.
 pub const SHM_DIR: &str = "/dev/shm";
 
@@ -146,7 +149,7 @@ pub fn mount_all() -> Result<()> {
             result => result.during(|| format!("mount {} on {}", volume.kind, volume.target))?,
         }
     }
-    for directory in [SHARE_DIR, POD_FILES_DIR] {
+    for directory in [SHARE_DIR, POD_FILES_DIR, PUBLISHED_DIR] {
         fs::create_dir_all(directory).during(|| format!("create {directory}"))?;
     }
     ready_cgroups()?;

@@ -12,9 +12,10 @@ use caisson_protocol::{
         BindDeviceRequest, BindDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse,
         CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty, HelloRequest,
         HelloResponse, ListProcessesResponse, Network, NextEventsRequest, NextEventsResponse,
-        OnlineResourcesRequest, OnlineResourcesResponse, ProcessExit, ProcessId, ResizePtyRequest,
-        ShutdownRequest, SignalRequest, StartProcessResponse, StateResponse, StatsRequest,
-        StatsResponse, UnbindDeviceRequest, UpdateContainerRequest,
+        OnlineResourcesRequest, OnlineResourcesResponse, ProcessExit, ProcessId, PublishedVolume,
+        ResizePtyRequest, ShutdownRequest, SignalRequest, StartProcessResponse, StateResponse,
+        StatsRequest, StatsResponse, UnbindDeviceRequest, UpdateContainerRequest,
+        WithdrawVolumeRequest,
     },
     agent_ttrpc::{Agent, create_agent},
     ports,
@@ -25,7 +26,7 @@ use ttrpc::r#async::{TtrpcContext, transport::Listener};
 use crate::{
     boot::Stages,
     cgroup,
-    container::{Created, Manager},
+    container::{Created, Manager, published},
     device,
     failure::{During, Failure, Result},
     forward, oom, reaper, resources, sandbox,
@@ -172,6 +173,20 @@ impl Agent for Service {
 
     async fn unbind_device(&self, _: &TtrpcContext, request: UnbindDeviceRequest) -> Reply<Empty> {
         device::unbind(request.slot)?;
+        Ok(Empty::default())
+    }
+
+    async fn publish_volume(&self, _: &TtrpcContext, volume: PublishedVolume) -> Reply<Empty> {
+        published::publish(&volume)?;
+        Ok(Empty::default())
+    }
+
+    async fn withdraw_volume(
+        &self,
+        _: &TtrpcContext,
+        request: WithdrawVolumeRequest,
+    ) -> Reply<Empty> {
+        published::withdraw(request.number)?;
         Ok(Empty::default())
     }
 

@@ -20,6 +20,9 @@ pub const VERSION: u32 = 1;
 /// Prefix of a mount source that names an entry of the pod's virtio-fs share.
 pub const SHARE_PREFIX: &str = "share:";
 
+/// Prefix of a mount source that names a published volume, a copy in the guest's memory.
+pub const PUBLISHED_PREFIX: &str = "published:";
+
 /// A mount source that names the pod's shared memory, a tmpfs of the guest.
 pub const POD_SHM: &str = "pod:shm";
 

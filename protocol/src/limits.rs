@@ -18,3 +18,9 @@ pub const MAX_EVENT_WAIT_MS: u32 = 30_000;
 
 /// Connections to loopback ports that the host has open at a time.
 pub const MAX_FORWARDS: usize = 128;
+
+/// Largest published volume: bytes of its files, and [`PUBLISHED_ENTRY`] for each entry.
+pub const MAX_PUBLISHED: usize = 3 << 20;
+
+/// What an entry of a published volume counts beside its contents: more than its path and numbers.
+pub const PUBLISHED_ENTRY: usize = 512;

@@ -18,6 +18,7 @@ mod features;
 pub mod figures;
 pub mod hooks;
 mod network;
+mod published;
 mod record;
 mod sandbox;
 mod shares;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use caisson_fs::ReadOnly;
-use caisson_protocol::{POD_SHM, SHARE_PREFIX};
+use caisson_protocol::POD_SHM;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Spec};
 
 use crate::error::Error;
@@ -285,14 +285,14 @@ pub fn leave_read_only_to_host(spec: &mut Spec, mount: usize) {
     }
 }
 
-/// Replaces the source of a mount by an entry of the pod's share.
-pub fn use_share(spec: &mut Spec, mount: usize, entry: &str) {
+/// Replaces the source of a mount by one that the guest knows.
+pub fn use_source(spec: &mut Spec, mount: usize, source: String) {
     if let Some(mount) = spec
         .mounts_mut()
         .as_mut()
         .and_then(|mounts| mounts.get_mut(mount))
     {
-        mount.set_source(Some(format!("{SHARE_PREFIX}{entry}").into()));
+        mount.set_source(Some(source.into()));
     }
 }
 
@@ -460,7 +460,7 @@ mod tests {
                 read_only: ReadOnly::Mount
             }]
         );
-        use_share(&mut one, 1, "4");
+        use_source(&mut one, 1, "share:4".to_owned());
         assert_eq!(
             one.mounts().as_ref().unwrap()[1].source().as_ref().unwrap(),
             &PathBuf::from("share:4")

@@ -15,6 +15,7 @@ mod life;
 pub mod mounts;
 mod paths;
 pub mod pod_init;
+pub mod published;
 mod request;
 mod rootfs;
 mod spawn;

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use caisson_protocol::{POD_SHM, SHARE_PREFIX};
+use caisson_protocol::{POD_SHM, PUBLISHED_PREFIX, SHARE_PREFIX};
 use oci_spec::runtime::Mount;
 use rustix::{
     fs::{AtFlags, CWD, FileType, OFlags},
@@ -389,12 +389,15 @@ fn bind(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<()> {
     finish(tree.as_fd(), options)
 }
 
-/// The source of a bind mount: an entry of the pod's share, or the pod's shared memory
-/// ([`boot::SHM_DIR`]). Every other path names something of the host that is not here.
+/// The source of a bind mount: an entry of the pod's share, a published volume, or the pod's shared
+/// memory ([`boot::SHM_DIR`]). Every other path names something of the host that is not here.
 fn open_source(source: &Path) -> Result<OwnedFd> {
     let text = source.to_string_lossy();
     if let Some(entry) = text.strip_prefix(SHARE_PREFIX) {
         return open_share(entry);
+    }
+    if let Some(number) = text.strip_prefix(PUBLISHED_PREFIX) {
+        return open_beneath(boot::PUBLISHED_DIR, number);
     }
     if source == Path::new(POD_SHM) {
         return rustix::fs::open(
@@ -418,15 +421,19 @@ fn open_source(source: &Path) -> Result<OwnedFd> {
 /// # Errors
 /// No such entry.
 pub fn open_share(entry: &str) -> Result<OwnedFd> {
-    let share = rustix::fs::openat(
+    open_beneath(boot::SHARE_DIR, entry)
+}
+
+fn open_beneath(directory: &str, entry: &str) -> Result<OwnedFd> {
+    let opened = rustix::fs::openat(
         CWD,
-        boot::SHARE_DIR,
+        directory,
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
         rustix::fs::Mode::empty(),
     )
-    .during(|| "open the pod's share".to_owned())?;
-    paths::open(share.as_fd(), Path::new(entry), OFlags::PATH)
-        .during(|| format!("find the shared entry {entry}"))
+    .during(|| format!("open {directory}"))?;
+    paths::open(opened.as_fd(), Path::new(entry), OFlags::PATH)
+        .during(|| format!("find {directory}/{entry}"))
 }
 
 fn finish(made: BorrowedFd<'_>, options: &Options) -> Result<()> {

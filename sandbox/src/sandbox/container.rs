@@ -4,7 +4,7 @@ use std::{fs::File, os::fd::AsFd, sync::PoisonError};
 
 use caisson_fs::{ReadOnly, Share};
 use caisson_protocol::{
-    SHARE_PREFIX,
+    PUBLISHED_PREFIX, SHARE_PREFIX,
     agent::{CreateContainerRequest, Layer, Rootfs, layer::Source, rootfs::Upper as WireUpper},
 };
 use caisson_vmm_api::{BlockContents, Fd};
@@ -13,7 +13,14 @@ use super::{
     ContainerSpec, Created, Holdings, RootfsSource, Sandbox, Upper, blocking,
     process::stdio_message,
 };
-use crate::{disk, error::Error, shares::has_mounts, size::Limits, spec};
+use crate::{
+    disk,
+    error::Error,
+    published,
+    shares::has_mounts,
+    size::Limits,
+    spec::{self, HostBind},
+};
 
 /// Most layers of an image (the GPT the VMM makes up has room for so many).
 const MAX_LAYERS: usize = 120;
@@ -57,6 +64,10 @@ impl Sandbox {
         holdings: &mut Holdings,
     ) -> Result<Created, Error> {
         for bind in spec::host_binds(&spec) {
+            if let Some(number) = self.publish_if_fit(&bind, holdings).await? {
+                spec::use_source(&mut spec, bind.mount, format!("{PUBLISHED_PREFIX}{number}"));
+                continue;
+            }
             let share = Share {
                 recursive: bind.recursive,
                 read_only: bind.read_only,
@@ -66,7 +77,7 @@ impl Sandbox {
             if bind.recursive && bind.read_only == ReadOnly::Mount && has_mounts(&bind.source) {
                 spec::leave_read_only_to_host(&mut spec, bind.mount);
             }
-            spec::use_share(&mut spec, bind.mount, &entry);
+            spec::use_source(&mut spec, bind.mount, format!("{SHARE_PREFIX}{entry}"));
         }
         self.attach_volumes(&mut spec, holdings).await?;
         let rootfs = self.rootfs(&request.rootfs, holdings).await?;
@@ -98,6 +109,23 @@ impl Sandbox {
                 let _ = self.delete_process(&request.id, "").await;
                 Err(error)
             }
+        }
+    }
+
+    /// Publishes what the container may only read and has nothing mounted below, if it is one of
+    /// the directories that are published.
+    async fn publish_if_fit(
+        &self,
+        bind: &HostBind,
+        holdings: &mut Holdings,
+    ) -> Result<Option<u32>, Error> {
+        let fit = bind.read_only != ReadOnly::Nothing
+            && published::has_link(&bind.source)
+            && !has_mounts(&bind.source);
+        if fit {
+            self.publish(&bind.source, holdings).await
+        } else {
+            Ok(None)
         }
     }
 

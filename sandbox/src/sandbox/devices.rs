@@ -87,6 +87,7 @@ impl Sandbox {
     /// Takes away what a container held. What fails here ends with the VM.
     pub(super) async fn release(&self, holdings: Holdings) {
         self.detach(&holdings.slots).await;
+        self.withdraw(holdings.published).await;
         let shares = self.shares.lock().await.clone();
         if let Some(shares) = shares.filter(|_| !holdings.shares.is_empty()) {
             let removed = blocking(move || {

@@ -7,6 +7,7 @@ mod events;
 mod figures;
 mod network;
 mod process;
+mod publications;
 mod sizing;
 mod types;
 mod volumes;
@@ -15,7 +16,7 @@ use std::{
     collections::HashMap,
     io,
     path::PathBuf,
-    sync::{Arc, Mutex as StdMutex, PoisonError},
+    sync::{Arc, Mutex as StdMutex, PoisonError, atomic::AtomicU32},
     time::Duration,
 };
 
@@ -43,6 +44,7 @@ use crate::{
 use boot::{Assets, Booted, boot};
 use events::forward_events;
 use figures::BootFigures;
+use publications::Publication;
 use sizing::Sizing;
 
 /// Events that may wait for the sandbox's owner.
@@ -55,6 +57,8 @@ struct Holdings {
     slots: Vec<u32>,
     /// Entries of the share.
     shares: Vec<u32>,
+    /// Copies of published volumes.
+    published: Vec<Publication>,
 }
 
 /// A running sandbox.
@@ -72,6 +76,8 @@ pub struct Sandbox {
     shares_directories: bool,
     shares: Mutex<Option<Arc<Shares>>>,
     containers: StdMutex<HashMap<String, Holdings>>,
+    /// Number of the next published volume.
+    publications: AtomicU32,
     vsock: PathBuf,
     hello: HelloResponse,
     sizing: Sizing,
@@ -120,6 +126,7 @@ impl Sandbox {
                     shares_directories: spec.shares_directories,
                     shares: Mutex::new(None),
                     containers: StdMutex::default(),
+                    publications: AtomicU32::default(),
                     vsock,
                     hello,
                     sizing,

@@ -1,7 +1,6 @@
 //! System calls on volumes.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 
 use caisson_tests::{Host, seconds, until};
 
@@ -94,58 +93,4 @@ step("opened")
     // One for each file whose name the guest keeps, and none for what has gone or was closed.
     assert!(counts[2] <= counts[0] + 20, "{counts:?}");
     assert!(counts[3] <= counts[0] + 20, "{counts:?}");
-}
-
-/// As kubelet publishes configMaps, secrets and tokens: `key -> ..data/key`, `..data -> ..VERSION`.
-#[test]
-fn a_directory_swapped_by_a_link_is_seen_at_once() {
-    const VERSIONS: usize = 5;
-    let host = Host::claim();
-    let (directory, flag) = volume(&host);
-    let publish = |version: usize| {
-        let name = format!("..version_{version}");
-        fs::create_dir(directory.join(&name)).unwrap();
-        for key in ["key", "other"] {
-            fs::write(directory.join(&name).join(key), format!("{version}\n")).unwrap();
-        }
-        symlink(&name, directory.join("..data_tmp")).unwrap();
-        fs::rename(directory.join("..data_tmp"), directory.join("..data")).unwrap();
-        if let Some(last) = version.checked_sub(1) {
-            let _ = fs::remove_dir_all(directory.join(format!("..version_{last}")));
-        }
-    };
-    publish(0);
-    for key in ["key", "other"] {
-        symlink(format!("..data/{key}"), directory.join(key)).unwrap();
-    }
-    // Each round reads the version, so that the guest has it cached, and once more at once after
-    // the host has said that there is another.
-    let script = format!(
-        "cd /data; for round in $(seq 1 {VERSIONS}); do
-             ls -l >/dev/null; cat key other >/dev/null; : >/data/ready-$round
-             until [ -e /data/go-$round ]; do :; done
-             cat key other
-         done"
-    );
-    let words = [
-        "run",
-        "--rm",
-        "-v",
-        &flag,
-        host.busybox(),
-        "sh",
-        "-c",
-        &script,
-    ];
-    let running = host.command(words).start();
-    let mut expected = String::new();
-    for version in 1..=VERSIONS {
-        let ready = directory.join(format!("ready-{version}"));
-        let seen = until(seconds(15.0), || ready.exists().then_some(()));
-        assert!(seen.is_some(), "{}", running.finish());
-        publish(version);
-        fs::write(directory.join(format!("go-{version}")), "").unwrap();
-        expected.push_str(&format!("{version}\n{version}\n"));
-    }
-    running.finish().expect_stdout(&expected);
 }

@@ -7,6 +7,7 @@ mod calls;
 mod faults;
 mod mounts;
 mod programs;
+mod published;
 
 pub use faults::SmallDisk;
 

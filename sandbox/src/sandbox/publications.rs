@@ -1,0 +1,137 @@
+//! Published volumes ([`crate::published`]) of containers, kept as they are on the host.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::atomic::Ordering,
+};
+
+use caisson_protocol::agent::{PublishedVolume, WithdrawVolumeRequest};
+use tokio::task::JoinHandle;
+
+use super::{Holdings, Sandbox, blocking};
+use crate::{
+    agent::Agent,
+    error::Error,
+    published::{self, Changes, Contents},
+};
+
+/// A volume in the guest and the task that follows the host's. Dropped, the copy stays as it is.
+#[derive(Debug)]
+pub(super) struct Publication {
+    number: u32,
+    follower: JoinHandle<()>,
+}
+
+impl Drop for Publication {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
+}
+
+impl Sandbox {
+    /// Puts a copy of the directory into the guest, if it is one that is published by a swap, and
+    /// returns its number there.
+    pub(super) async fn publish(
+        &self,
+        directory: &Path,
+        holdings: &mut Holdings,
+    ) -> Result<Option<u32>, Error> {
+        // First, so that no change is between.
+        let changes = Changes::of(directory);
+        let Some(contents) = read(directory.to_owned()).await? else {
+            return Ok(None);
+        };
+        let number = self.publications.fetch_add(1, Ordering::Relaxed);
+        let volume = Volume {
+            agent: self.agent.clone(),
+            number,
+            directory: directory.to_owned(),
+            contents,
+        };
+        // Before it is made, so that a half is removed too.
+        let publication = |follower| Publication { number, follower };
+        if let Err(error) = volume.send().await {
+            holdings.published.push(publication(tokio::spawn(async {})));
+            return Err(error);
+        }
+        let follower = tokio::spawn(volume.follow(changes));
+        holdings.published.push(publication(follower));
+        Ok(Some(number))
+    }
+
+    /// Removes the copies.
+    pub(super) async fn withdraw(&self, publications: Vec<Publication>) {
+        for publication in publications {
+            let request = WithdrawVolumeRequest {
+                number: publication.number,
+                ..Default::default()
+            };
+            drop(publication);
+            let withdrawn = self
+                .agent
+                .call("withdraw a volume", |client, context| async move {
+                    client.withdraw_volume(context, &request).await
+                });
+            if let Err(error) = withdrawn.await {
+                log::warn!("{error}");
+            }
+        }
+    }
+}
+
+async fn read(directory: PathBuf) -> Result<Option<Contents>, Error> {
+    blocking(move || {
+        published::read(&directory).map_err(Error::io(format!("read {}", directory.display())))
+    })
+    .await
+}
+
+/// One, and what the guest has of it.
+struct Volume {
+    agent: Agent,
+    number: u32,
+    directory: PathBuf,
+    contents: Contents,
+}
+
+impl Volume {
+    async fn send(&self) -> Result<(), Error> {
+        let message = PublishedVolume {
+            number: self.number,
+            entries: self.contents.clone(),
+            ..Default::default()
+        };
+        self.agent
+            .call("publish a volume", |client, context| async move {
+                client.publish_volume(context, &message).await
+            })
+            .await
+            .map(drop)
+    }
+
+    /// Until the directory or the guest has gone.
+    async fn follow(mut self, mut changes: Changes) {
+        while changes.next().await {
+            let shown = self.directory.display();
+            match read(self.directory.clone()).await {
+                Ok(Some(contents)) if contents == self.contents => {}
+                Ok(Some(contents)) => {
+                    self.contents = contents;
+                    if let Err(error) = self.send().await {
+                        log::warn!("the guest's copy of {shown} is out of date: {error}");
+                        // The next look is to try again.
+                        self.contents.clear();
+                    }
+                }
+                Ok(None) => {
+                    return log::warn!(
+                        "{shown} is not published by a link any more: the guest keeps what it has of it"
+                    );
+                }
+                Err(error) => {
+                    return log::warn!("the guest keeps what it has of {shown}: {error}");
+                }
+            }
+        }
+    }
+}
