@@ -190,6 +190,11 @@ impl Agent for Service {
         Ok(Empty::default())
     }
 
+    async fn forget_files(&self, _: &TtrpcContext, _: Empty) -> Reply<Empty> {
+        sandbox::forget_files()?;
+        Ok(Empty::default())
+    }
+
     async fn online_resources(
         &self,
         _: &TtrpcContext,

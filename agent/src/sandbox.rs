@@ -108,6 +108,14 @@ impl Names {
     }
 }
 
+/// Drops clean pages, and then the inodes that they kept (Documentation/admin-guide/sysctl/vm.rst).
+///
+/// # Errors
+/// The kernel refuses.
+pub fn forget_files() -> Result<()> {
+    fs::write("/proc/sys/vm/drop_caches", "3").during(|| "drop the caches".to_owned())
+}
+
 fn set_clock(realtime_ns: i64) -> Result<()> {
     if realtime_ns <= 0 {
         return Err(Failure::invalid("the host sent no time of day"));

@@ -6,7 +6,7 @@
 //! looks next finishes the story ([`Containers::refresh`]).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Read},
     path::PathBuf,
@@ -122,6 +122,9 @@ pub struct Request {
     /// Those of them that are volumes, by their target.
     #[serde(default)]
     pub volume_names: BTreeMap<String, VolumeName>,
+    /// Targets below which the host's later mounts are seen.
+    #[serde(default)]
+    pub following: BTreeSet<String>,
     /// Image's labels.
     pub labels: BTreeMap<String, String>,
     /// Networks and ports; none in containers of versions that had none.
@@ -149,6 +152,8 @@ pub struct Shared {
     pub read_only: bool,
     /// It gets what the image has at the target when it is empty.
     pub copies: bool,
+    /// What the host mounts and unmounts below later is seen.
+    pub follows: bool,
     /// The volume's, if it is one.
     pub volume: Option<VolumeName>,
 }
@@ -159,6 +164,9 @@ impl Request {
         let (source, target) = (share.source.clone(), share.target.clone());
         if let Some(name) = &share.volume {
             self.volume_names.insert(target.clone(), name.clone());
+        }
+        if share.follows {
+            self.following.insert(target.clone());
         }
         self.volumes.push((source, target, share.read_only));
     }

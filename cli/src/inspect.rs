@@ -206,7 +206,8 @@ fn describe(containers: &Containers, container: &Container) -> Value {
                 json!({ "Type": "volume", "Name": volume.name, "Driver": "local", "Source": source, "Destination": target, "Mode": "", "RW": !read_only, "Propagation": "" })
             }
             None => {
-                json!({ "Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": !read_only, "Propagation": "rprivate" })
+                let propagation = if request.following.contains(target) { "rslave" } else { "rprivate" };
+                json!({ "Type": "bind", "Source": source, "Destination": target, "Mode": "", "RW": !read_only, "Propagation": propagation })
             }
         })
         .collect();

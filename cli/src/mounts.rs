@@ -15,6 +15,8 @@ pub struct Share {
     pub read_only: bool,
     /// A new volume gets what the image has at the target.
     pub copies: bool,
+    /// What the host mounts and unmounts below later is seen (`rslave`).
+    pub follows: bool,
 }
 
 /// Where a share comes from.
@@ -44,6 +46,12 @@ pub enum Mount {
     /// `type=tmpfs`.
     Tmpfs(Tmpfs),
 }
+
+/// Propagation of mounts from the host.
+const FROM_HOST: [&str; 2] = ["slave", "rslave"];
+
+/// No propagation.
+const PRIVATE: [&str; 2] = ["private", "rprivate"];
 
 fn usage<T>(text: String) -> Result<T, Error> {
     Err(Error::Usage(text))
@@ -82,15 +90,18 @@ pub fn volume(text: &str) -> Result<Share, Error> {
         Some(source) => source_of(&flag, source)?,
     };
     let named = !matches!(source, Source::Host { .. });
-    let (mut read_only, mut copies) = (false, named);
+    let (mut read_only, mut copies, mut follows) = (false, named, false);
     for option in options.split(',').filter(|option| !option.is_empty()) {
         match option {
             "ro" => read_only = true,
             "rw" => read_only = false,
             "nocopy" if named => copies = false,
+            _ if !named && FROM_HOST.contains(&option) => follows = true,
+            _ if !named && PRIVATE.contains(&option) => follows = false,
             other => {
                 return usage(format!(
-                    "{flag}: the option \"{other}\" is not supported; there are ro, rw, and nocopy for volumes"
+                    "{flag}: the option \"{other}\" is not supported; there are ro, rw, nocopy for volumes, and \
+                     rslave and rprivate for paths (what a guest mounts is never seen on the host)"
                 ));
             }
         }
@@ -100,6 +111,7 @@ pub fn volume(text: &str) -> Result<Share, Error> {
         target: target.to_owned(),
         read_only,
         copies,
+        follows,
     })
 }
 
@@ -167,7 +179,7 @@ pub fn mount(text: &str) -> Result<Mount, Error> {
     let flag = format!("--mount {text}");
     let mut kind = "volume";
     let (mut source, mut target) = (None, None);
-    let (mut read_only, mut copies) = (false, true);
+    let (mut read_only, mut copies, mut follows) = (false, true, false);
     let mut tmpfs = Vec::new();
     for field in text.split(',') {
         let (key, value) = field.split_once('=').unwrap_or((field, ""));
@@ -177,10 +189,12 @@ pub fn mount(text: &str) -> Result<Mount, Error> {
             "target" | "dst" | "destination" => target = Some(value),
             "readonly" | "ro" => read_only = truth(&flag, key, value)?,
             "volume-nocopy" => copies = !truth(&flag, key, value)?,
-            "bind-propagation" if value == "rprivate" => {}
+            "bind-propagation" if FROM_HOST.contains(&value) => follows = true,
+            "bind-propagation" if PRIVATE.contains(&value) => follows = false,
             "bind-propagation" => {
                 return usage(format!(
-                    "{flag}: the propagation \"{value}\" is not supported; there is rprivate"
+                    "{flag}: the propagation \"{value}\" is not supported; there are rslave and rprivate \
+                     (what a guest mounts is never seen on the host)"
                 ));
             }
             "tmpfs-size" => {
@@ -205,6 +219,9 @@ pub fn mount(text: &str) -> Result<Mount, Error> {
         return usage(format!("{flag}: target is missing"));
     };
     check_target(&flag, target)?;
+    if kind != "bind" && follows {
+        return usage(format!("{flag}: bind-propagation is a key of type=bind"));
+    }
     if kind != "tmpfs" && !tmpfs.is_empty() {
         return usage(format!("{flag}: tmpfs-… are keys of type=tmpfs"));
     }
@@ -240,6 +257,7 @@ pub fn mount(text: &str) -> Result<Mount, Error> {
         source,
         target: target.to_owned(),
         read_only,
+        follows,
     }))
 }
 
@@ -295,7 +313,11 @@ mod tests {
         assert_eq!(named.source, Source::Volume("data".to_owned()));
         assert!(named.copies && !volume("data:/b:nocopy").unwrap().copies);
         assert_eq!(volume("/b").unwrap().source, Source::Anonymous);
+        assert!(volume("/a:/b:ro,rslave").unwrap().follows);
+        assert!(!volume("/a:/b:rslave,private").unwrap().follows);
         for wrong in [
+            "/a:/b:rshared",
+            "data:/b:rslave",
             "a:b",
             "/a:b",
             "/a:/b:z",
@@ -319,6 +341,7 @@ mod tests {
         };
         let bind = share("type=bind,src=/a,dst=/b,ro");
         assert_eq!((bind.source, bind.read_only), (host("/a", true), true));
+        assert!(share("type=bind,src=/a,dst=/b,bind-propagation=slave").follows);
         let named = share("source=data,target=/b,readonly=false,volume-nocopy");
         assert_eq!(named.source, Source::Volume("data".to_owned()));
         assert!(!named.read_only && !named.copies);
@@ -343,6 +366,7 @@ mod tests {
             "target=/b,tmpfs-size=1m",
             "type=tmpfs,target=/b,tmpfs-mode=999",
             "type=bind,source=/a,target=/b,bind-propagation=rshared",
+            "source=data,target=/b,bind-propagation=rslave",
         ] {
             assert!(mount(wrong).is_err(), "{wrong}");
         }

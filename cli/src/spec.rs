@@ -307,7 +307,8 @@ fn mounts(extra: &Extra) -> Vec<Value> {
         given.push((target.clone(), mount));
     }
     for share in &extra.shares {
-        let mut options = vec!["rbind", "rprivate"];
+        let propagation = if share.follows { "rslave" } else { "rprivate" };
+        let mut options = vec!["rbind", propagation];
         // As docker: what is mounted below cannot be written either.
         options.push(if share.read_only { "rro" } else { "rw" });
         if share.copies {
@@ -361,6 +362,7 @@ mod tests {
                 target: "/dev/shm".to_owned(),
                 read_only: true,
                 copies: true,
+                follows: false,
                 volume: None,
             }],
             ulimits: vec![crate::options::ulimit("nofile=5").unwrap()],

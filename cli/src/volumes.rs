@@ -189,6 +189,7 @@ pub fn place(volumes: &Volumes, share: Share) -> Result<Shared, Error> {
         target: share.target,
         read_only: share.read_only,
         copies: share.copies,
+        follows: share.follows,
         volume,
     })
 }

@@ -25,7 +25,7 @@
 mod mounts;
 mod process;
 
-pub use mounts::{ReadOnly, Share};
+pub use mounts::{MountBelow, ReadOnly, Share};
 pub use process::FileServer;
 
 use std::{io, path::PathBuf};

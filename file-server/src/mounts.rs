@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Mode, OFlags},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags},
     io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
     thread::{LinkNameSpaceType, UnshareFlags},
@@ -74,15 +74,7 @@ pub(crate) fn attach(
     tree: &OwnedFd,
     share: Share,
 ) -> Result<(), Error> {
-    let mut attributes = libc::MOUNT_ATTR_NODEV;
-    if share.read_only == ReadOnly::Tree {
-        attributes |= libc::MOUNT_ATTR_RDONLY;
-    }
-    if !share.set_id {
-        attributes |= libc::MOUNT_ATTR_NOSUID;
-    }
-    set_attributes(tree.as_fd(), attributes, 0, true)
-        .map_err(Error::io("attributes of the share"))?;
+    restrict(tree.as_fd(), share)?;
     if share.read_only == ReadOnly::Mount {
         set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, false)
             .map_err(Error::io("attributes of the share"))?;
@@ -113,6 +105,71 @@ pub(crate) fn attach(
             let _ = remove_mount_point(&root, &name);
             Error::io("mount of the share")(error)
         })
+    })
+}
+
+/// What counts for all mounts of a share.
+fn restrict(tree: BorrowedFd<'_>, share: Share) -> Result<(), Error> {
+    let mut attributes = libc::MOUNT_ATTR_NODEV;
+    if share.read_only == ReadOnly::Tree {
+        attributes |= libc::MOUNT_ATTR_RDONLY;
+    }
+    if !share.set_id {
+        attributes |= libc::MOUNT_ATTR_NOSUID;
+    }
+    set_attributes(tree, attributes, 0, true).map_err(Error::io("attributes of the share"))
+}
+
+/// A mount below a share, by a descriptor of its root.
+#[derive(Debug)]
+pub struct MountBelow(OwnedFd);
+
+/// A detached copy of the one mount whose root `mount` is.
+pub(crate) fn clone_mount(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(rustix::mount::open_tree(mount, "", flags)?)
+}
+
+/// Mounts `tree` on `path` below `/<index>` in the mount namespace. The guest may have put links
+/// there: none is followed.
+pub(crate) fn attach_below(
+    namespace: BorrowedFd<'_>,
+    index: u32,
+    path: &Path,
+    tree: OwnedFd,
+    share: Share,
+) -> Result<MountBelow, Error> {
+    restrict(tree.as_fd(), share)?;
+    within(namespace, || {
+        let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let root = rustix::fs::open(format!("/{index}"), flags, Mode::empty())
+            .map_err(|_| Error::Missing(index))?;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let point = rustix::fs::openat2(&root, path, flags, Mode::empty(), resolve)
+            .map_err(Error::io("mount point below the share"))?;
+        rustix::mount::move_mount(
+            &tree,
+            "",
+            &point,
+            "",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH,
+        )
+        .map_err(Error::io("mount below the share"))
+    })?;
+    Ok(MountBelow(tree))
+}
+
+/// Unmounts it, wherever the guest has moved the directory that it is on.
+pub(crate) fn detach_below(namespace: BorrowedFd<'_>, mount: &MountBelow) -> Result<(), Error> {
+    within(namespace, || {
+        rustix::process::fchdir(&mount.0).map_err(Error::io("entering a mount"))?;
+        match rustix::mount::unmount(".", UnmountFlags::DETACH) {
+            // It went with the one that it was on.
+            Err(Errno::INVAL) => Ok(()),
+            other => other.map_err(Error::io("unmount below the share")),
+        }
     })
 }
 

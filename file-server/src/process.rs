@@ -3,7 +3,7 @@
 use std::{
     io::{self, Read},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::{
             net::{UnixListener, UnixStream},
             process::CommandExt,
@@ -18,7 +18,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use crate::{
     Error,
-    mounts::{self, Share},
+    mounts::{self, MountBelow, Share},
 };
 
 /// Longest report of a server that does not get ready, bytes.
@@ -115,6 +115,31 @@ impl FileServer {
     /// [`Error::Exists`], [`Error::Io`].
     pub fn share_tree(&self, index: u32, tree: OwnedFd, share: Share) -> Result<(), Error> {
         mounts::attach(self.mounts.as_fd(), index, &tree, share)
+    }
+
+    /// Mounts a copy of the one mount whose root `mount` is on `path`, relative to the share. The
+    /// host's own can be unmounted at any time: what it mounts stays in use meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], [`Error::Io`]: no such mount point. Nothing is left behind then.
+    pub fn mount_below(
+        &self,
+        index: u32,
+        path: &Path,
+        mount: BorrowedFd<'_>,
+        share: Share,
+    ) -> Result<MountBelow, Error> {
+        let tree = mounts::clone_mount(mount).map_err(Error::io("copy of a mount"))?;
+        mounts::attach_below(self.mounts.as_fd(), index, path, tree, share)
+    }
+
+    /// Takes such a mount away. Files that the guest has open there stay open, and what was mounted
+    /// stays in use until it has closed and forgotten them.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn unmount_below(&self, mount: MountBelow) -> Result<(), Error> {
+        mounts::detach_below(self.mounts.as_fd(), &mount)
     }
 
     /// Takes a share away. Files that the guest has open there stay open.

@@ -37,6 +37,8 @@ pub struct HostBind {
     pub source: PathBuf,
     /// With what the host has mounted below.
     pub recursive: bool,
+    /// What the host mounts and unmounts below later is seen.
+    pub follows: bool,
     /// The host's side enforces it too.
     pub read_only: ReadOnly,
 }
@@ -266,7 +268,11 @@ pub fn host_binds(spec: &Spec) -> Vec<HostBind> {
             Some(HostBind {
                 mount: index,
                 source,
-                recursive: options.iter().any(|option| option == "rbind"),
+                recursive: has("rbind"),
+                // Of `shared` that is the one half: nothing of the guest's is mounted on the host.
+                follows: ["slave", "rslave", "shared", "rshared"]
+                    .into_iter()
+                    .any(has),
                 read_only,
             })
         })
@@ -457,9 +463,19 @@ mod tests {
                 mount: 1,
                 source: "/srv/a".into(),
                 recursive: true,
+                follows: false,
                 read_only: ReadOnly::Mount
             }]
         );
+        for (option, follows) in [("rslave", true), ("shared", true), ("rprivate", false)] {
+            let mount =
+                format!(r#"[{{"destination":"/a","source":"/a","options":["bind","{option}"]}}]"#);
+            assert_eq!(
+                host_binds(&spec("{}", &mount))[0].follows,
+                follows,
+                "{option}"
+            );
+        }
         use_source(&mut one, 1, "share:4".to_owned());
         assert_eq!(
             one.mounts().as_ref().unwrap()[1].source().as_ref().unwrap(),

@@ -1,6 +1,6 @@
 //! Containers and their root file systems.
 
-use std::{fs::File, os::fd::AsFd, sync::PoisonError};
+use std::{fs::File, os::fd::AsFd, path::Path, sync::PoisonError};
 
 use caisson_fs::{ReadOnly, Share};
 use caisson_protocol::{
@@ -16,11 +16,15 @@ use super::{
 use crate::{
     disk,
     error::Error,
-    published,
-    shares::has_mounts,
+    mount_table, published,
     size::Limits,
     spec::{self, HostBind},
 };
+
+/// Whether something is mounted below the directory. What cannot be found is told when it is shared.
+fn has_mounts(path: &Path) -> bool {
+    mount_table::below(path).is_ok_and(|mounts| !mounts.is_empty())
+}
 
 /// Most layers of an image (the GPT the VMM makes up has room for so many).
 const MAX_LAYERS: usize = 120;
@@ -68,13 +72,19 @@ impl Sandbox {
                 spec::use_source(&mut spec, bind.mount, format!("{PUBLISHED_PREFIX}{number}"));
                 continue;
             }
+            let follows = bind.follows && bind.source.is_dir();
             let share = Share {
-                recursive: bind.recursive,
+                recursive: bind.recursive && !follows,
                 read_only: bind.read_only,
                 set_id: false,
             };
             let entry = self.share(&bind.source, share, holdings).await?;
-            if bind.recursive && bind.read_only == ReadOnly::Mount && has_mounts(&bind.source) {
+            if follows {
+                self.follow_mounts(bind.source.clone(), share, holdings)
+                    .await?;
+            }
+            let mounts_below = follows || bind.recursive && has_mounts(&bind.source);
+            if bind.read_only == ReadOnly::Mount && mounts_below {
                 spec::leave_read_only_to_host(&mut spec, bind.mount);
             }
             spec::use_source(&mut spec, bind.mount, format!("{SHARE_PREFIX}{entry}"));

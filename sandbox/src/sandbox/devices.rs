@@ -88,6 +88,7 @@ impl Sandbox {
     pub(super) async fn release(&self, holdings: Holdings) {
         self.detach(&holdings.slots).await;
         self.withdraw(holdings.published).await;
+        drop(holdings.followers);
         let shares = self.shares.lock().await.clone();
         if let Some(shares) = shares.filter(|_| !holdings.shares.is_empty()) {
             let removed = blocking(move || {

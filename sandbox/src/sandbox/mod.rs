@@ -7,6 +7,7 @@ mod events;
 mod figures;
 mod network;
 mod process;
+mod propagation;
 mod publications;
 mod sizing;
 mod types;
@@ -57,6 +58,8 @@ struct Holdings {
     slots: Vec<u32>,
     /// Entries of the share.
     shares: Vec<u32>,
+    /// Of the mounts below those entries.
+    followers: Vec<propagation::Follower>,
     /// Copies of published volumes.
     published: Vec<Publication>,
 }

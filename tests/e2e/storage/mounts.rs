@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use caisson_tests::{Command, Host};
+use caisson_tests::{Command, Host, seconds, until};
 use serde_json::json;
 
 use super::volume;
@@ -51,11 +51,60 @@ fn mounts_within_a_volume_come_with_it() {
     assert!(inner.0.join("new").exists() && !inner.0.join("more").exists());
 }
 
+/// With `rslave` what the host mounts later comes, and goes with the host's: which can unmount it at
+/// any time, and whose disk is free then, though the guest has looked at all of it.
+#[test]
+fn later_mounts_of_the_host_come_and_go() {
+    let host = Host::claim();
+    let (directory, flag) = volume(&host);
+    let early = HostMount::on(directory.join("early"));
+    let image = host.scratch().join("disk");
+    fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
+    let shown = image.to_str().unwrap().to_owned();
+    Command::new(["mkfs.ext4", "-q", &shown]).run().ok();
+    let point = directory.join("late/r");
+    fs::create_dir_all(&point).unwrap();
+    let script = "cd /data; ls early; until [ -d late/r/lost+found ]; do sleep 0.1; done
+        echo guest >late/r/new; ls -lR late >/dev/null; echo came
+        until [ ! -e late/r/new ]; do sleep 0.1; done; echo went
+        until [ ! -e early/within ]; do sleep 0.1; done; ls early";
+    let flag = format!("{flag}:rslave");
+    let words = [
+        "run",
+        "--rm",
+        "-v",
+        &flag,
+        host.busybox(),
+        "sh",
+        "-c",
+        script,
+    ];
+    let mut running = host.command(words).start();
+    running.wait_for_stdout("within");
+    let late = point.to_str().unwrap();
+    Command::new(["mount", "-o", "loop", &shown, late])
+        .run()
+        .ok();
+    running.wait_for_stdout("came");
+    assert_eq!(fs::read_to_string(point.join("new")).unwrap(), "guest\n");
+    Command::new(["umount", late]).run().ok();
+    let free = until(seconds(20.0), || {
+        let disks = Command::new(["losetup", "-j", &shown]).run().ok();
+        disks.stdout().is_empty().then_some(())
+    });
+    assert!(free.is_some(), "the disk is in use after its unmount");
+    running.wait_for_stdout("went");
+    drop(early);
+    running
+        .finish()
+        .expect_stdout("within\ncame\nwent\nbeneath\n");
+}
+
 #[test]
 fn propagation_and_unknown_options_of_volumes_are_refused() {
     let host = Host::claim();
     let (_directory, flag) = volume(&host);
-    for option in ["rslave", "rshared", "z", "nocopy", "ro,noexec"] {
+    for option in ["rshared", "z", "nocopy", "ro,noexec"] {
         let value = format!("{flag}:{option}");
         let name = option.rsplit(',').next().unwrap();
         host.caisson(["run", "--rm", "-v", &value, host.busybox(), "true"])
