@@ -116,6 +116,43 @@ fn read_only_shares_cannot_be_changed() {
     assert_eq!(client.create(ROOT, "new", 0o600).unwrap_err(), libc::EROFS);
 }
 
+/// A copy of a mount, not the mount: the host's own goes when the host wants it to go.
+#[test]
+fn mounts_below_a_share_come_and_go() {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+    let mut fixture = start();
+    let (point, elsewhere) = (fixture.path("point"), fixture.path("elsewhere"));
+    fs::create_dir(&point).unwrap();
+    fs::create_dir(&elsewhere).unwrap();
+    symlink("elsewhere", fixture.path("link")).unwrap();
+    let only_itself = Share {
+        recursive: false,
+        ..READ_WRITE
+    };
+    let share = fixture.share(0, "", only_itself);
+    mount("x", &point, "tmpfs", MountFlags::empty(), None).unwrap();
+    fs::write(point.join("new"), "x").unwrap();
+    let root = fs::File::open(&point).unwrap();
+    let mut add = |index, path| {
+        let path = Path::new(path);
+        fixture
+            .server
+            .mount_below(index, path, std::os::fd::AsFd::as_fd(&root), READ_WRITE)
+    };
+    for path in ["link", "nowhere", "../0/point", "/point"] {
+        assert!(add(0, path).is_err(), "{path}");
+    }
+    assert!(matches!(add(7, "point"), Err(Error::Missing(7))));
+    let added = add(0, "point").unwrap();
+    drop(root);
+    let inside = fixture.client.lookup(share, "point").unwrap();
+    fixture.client.lookup(inside, "new").unwrap();
+    unmount(&point, UnmountFlags::empty()).expect("the host's own is not busy");
+    fixture.server.unmount_below(added).unwrap();
+    let outside = fixture.client.lookup(share, "point").unwrap();
+    assert_eq!(fixture.client.lookup(outside, "new"), Err(libc::ENOENT));
+}
+
 /// As mount(8) has it: `ro` is of one mount.
 #[test]
 fn what_is_mounted_below_a_read_only_share_can_be_written() {
