@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use caisson_tests::{Command, Finished, Host, seconds};
+use caisson_tests::{Command, Finished, Host, seconds, until};
 use containerd_shim_protos::{
     Client, TaskClient,
     api::{
@@ -113,6 +113,40 @@ fn started_by_parameters_on_standard_input() {
     crate::containerd::daemon::kill(pid.parse().unwrap());
     verb(&host, &bundle, "delete").ok();
     assert_eq!(fs::read_dir(&sockets).unwrap().count(), 0);
+}
+
+/// The caller has no answer then, and calls nobody to clean up.
+#[test]
+fn a_start_that_is_killed_leaves_no_server() {
+    const SHIM: &str = "containerd-shim-caisson-v2";
+    let host = Host::claim();
+    let bundle = Oci::new(&host).bundle("true", |_| {});
+    // A pipe without room: it has started the server when it waits there with its answer.
+    let (_reader, writer) = rustix::pipe::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while rustix::io::write(&writer, &[0; 4096]).is_ok() {}
+    while rustix::io::write(&writer, &[0]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    let mut start = std::process::Command::new(host.prefix().join("bin").join(SHIM))
+        .args(FLAGS)
+        .arg("start")
+        .current_dir(&bundle)
+        .stdin(std::process::Stdio::null())
+        .stdout(writer)
+        .spawn()
+        .unwrap();
+    let address = bundle.join("address");
+    let started = until(seconds(10.0), || address.exists().then_some(()));
+    assert!(started.is_some(), "{:?}", start.try_wait());
+    let pid = fs::read_to_string(bundle.join("shim.pid")).unwrap();
+    assert!(host.processes_of(SHIM).contains(&pid.parse().unwrap()));
+    start.kill().unwrap();
+    start.wait().unwrap();
+    let ended = until(seconds(10.0), || {
+        host.processes_of(SHIM).is_empty().then_some(())
+    });
+    assert!(ended.is_some(), "the server lives on");
+    assert!(!Path::new("/run/caisson/shim").exists());
 }
 
 #[test]

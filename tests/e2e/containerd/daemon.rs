@@ -287,21 +287,13 @@ impl<'a> Daemon<'a> {
 
     /// Process ids of the shims that were started for a pod.
     pub fn shims(&self, id: &str) -> Vec<i32> {
-        self.shims_that(id, |words| !words.contains(&&b"start"[..]))
-    }
-
-    /// Those that are asked to start one.
-    pub fn starts(&self, id: &str) -> Vec<i32> {
-        self.shims_that(id, |words| words.contains(&&b"start"[..]))
-    }
-
-    fn shims_that(&self, id: &str, are: impl Fn(&[&[u8]]) -> bool) -> Vec<i32> {
         let mut shims = self.host.processes_of("containerd-shim-caisson-v2");
         shims.retain(|pid| {
             let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-            let its = [&b"-id"[..], id.as_bytes()];
-            words.windows(2).any(|pair| pair == its) && are(&words)
+            words
+                .windows(2)
+                .any(|pair| pair == [&b"-id"[..], id.as_bytes()])
         });
         shims
     }

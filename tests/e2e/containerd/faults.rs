@@ -1,6 +1,6 @@
 //! Shims, machines and daemons that die, and requests that make no sense.
 
-use std::{fs, time::Duration};
+use std::fs;
 
 use caisson_tests::{Host, seconds, until};
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,7 +12,7 @@ use super::{
 
 with_containerd!(
     one: [a_killed_shim_is_cleaned_up, requests_that_make_no_sense],
-    two: [a_shim_killed_at_any_step, a_killed_start, containers_outlive_containerd]
+    two: [a_shim_killed_at_any_step, containers_outlive_containerd]
 );
 
 fn a_killed_shim_is_cleaned_up(version: Version) {
@@ -55,28 +55,6 @@ fn a_shim_killed_at_any_step(version: Version) {
         assert!(ended.is_some(), "step {step}: the machine lives on");
     }
     // Sockets of those that died before containerd knew them go with the next that is made.
-    daemon.run_with(&["--rm"], "good", &["true"]).ok();
-}
-
-/// The program that starts the shim dies: containerd knows of no shim and calls nobody to clean up.
-fn a_killed_start(version: Version) {
-    let host = Host::claim();
-    let daemon = Daemon::start(&host, version);
-    for step in 0..20 {
-        let id = format!("start{step}");
-        let running = daemon.command(run_words(&["--rm"], &id, &["true"])).start();
-        let start = until(seconds(20.0), || daemon.starts(&id).first().copied());
-        std::thread::sleep(Duration::from_micros(500) * step);
-        // It may have done its work already.
-        let _ = kill_process(
-            Pid::from_raw(start.expect("a start")).unwrap(),
-            Signal::KILL,
-        );
-        running.finish();
-        daemon.ctr(["container", "rm", &id]);
-        let ended = until(seconds(10.0), || daemon.shims(&id).is_empty().then_some(()));
-        assert!(ended.is_some(), "step {step}: the shim lives on");
-    }
     daemon.run_with(&["--rm"], "good", &["true"]).ok();
 }
 
