@@ -13,6 +13,9 @@ pub const CONTROLLERS: &str = "+cpuset +cpu +io +memory +hugetlb +pids";
 /// Where the pod's virtio-fs share is mounted, out of every container's sight.
 pub const SHARE_DIR: &str = "/run/caisson/share";
 
+/// Where the pod's hugetlbfs are mounted, each on a directory named by its number.
+pub const HUGE_DIR: &str = "/run/caisson/huge";
+
 /// Files that the agent makes for the pod: hosts, hostname, resolv.conf.
 pub const POD_FILES_DIR: &str = "/run/caisson/pod";
 

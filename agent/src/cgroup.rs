@@ -76,6 +76,12 @@ impl Cgroup {
     /// The first file that refuses its value, by name.
     pub fn update(&self, limits: &oci_spec::runtime::LinuxResources) -> Result<()> {
         for (file, value) in resources::settings(limits)? {
+            // Of sizes of huge pages that the processor does not have nobody uses any: kubelets say
+            // so of each size that the host has.
+            let none = value == "0" || value == "max";
+            if none && file.starts_with("hugetlb.") && !self.path.join(&file).exists() {
+                continue;
+            }
             self.write(&file, &value)?;
         }
         Ok(())

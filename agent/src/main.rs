@@ -13,6 +13,7 @@ mod device;
 mod events;
 mod failure;
 mod forward;
+mod huge_pages;
 mod kmsg;
 mod network;
 mod oci;

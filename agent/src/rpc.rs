@@ -13,9 +13,9 @@ use caisson_protocol::{
         CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty, HelloRequest,
         HelloResponse, ListProcessesResponse, Network, NextEventsRequest, NextEventsResponse,
         OnlineResourcesRequest, OnlineResourcesResponse, ProcessExit, ProcessId, PublishedVolume,
-        ResizePtyRequest, ShutdownRequest, SignalRequest, StartProcessResponse, StateResponse,
-        StatsRequest, StatsResponse, UnbindDeviceRequest, UpdateContainerRequest,
-        WithdrawVolumeRequest,
+        ResizePtyRequest, SetHugePagesRequest, ShutdownRequest, SignalRequest,
+        StartProcessResponse, StateResponse, StatsRequest, StatsResponse, UnbindDeviceRequest,
+        UpdateContainerRequest, WithdrawVolumeRequest,
     },
     agent_ttrpc::{Agent, create_agent},
     ports,
@@ -29,7 +29,7 @@ use crate::{
     container::{Created, Manager, published},
     device,
     failure::{During, Failure, Result},
-    forward, oom, reaper, resources, sandbox,
+    forward, huge_pages, oom, reaper, resources, sandbox,
 };
 
 /// Longest that a poll for events may wait.
@@ -205,6 +205,11 @@ impl Agent for Service {
             memory_total_bytes: sandbox::memory_total(),
             ..Default::default()
         })
+    }
+
+    async fn set_huge_pages(&self, _: &TtrpcContext, request: SetHugePagesRequest) -> Reply<Empty> {
+        huge_pages::keep(&request.pools).await?;
+        Ok(Empty::default())
     }
 
     async fn create_container(

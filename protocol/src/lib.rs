@@ -23,6 +23,10 @@ pub const SHARE_PREFIX: &str = "share:";
 /// Prefix of a mount source that names a published volume, a copy in the guest's memory.
 pub const PUBLISHED_PREFIX: &str = "published:";
 
+/// Prefix of a mount source that names a directory of one of the pod's hugetlbfs: their number, a
+/// slash, and the directory's path there.
+pub const HUGE_PREFIX: &str = "hugetlb:";
+
 /// A mount source that names the pod's shared memory, a tmpfs of the guest.
 pub const POD_SHM: &str = "pod:shm";
 

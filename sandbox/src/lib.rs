@@ -17,6 +17,7 @@ mod error;
 mod features;
 pub mod figures;
 pub mod hooks;
+mod huge_pages;
 mod mount_table;
 mod network;
 mod published;

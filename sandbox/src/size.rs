@@ -1,10 +1,17 @@
 //! How large a microVM its containers need: at its boot, and while they come and go.
 
+use std::path::Path;
+
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::Deserialize;
 
 use crate::spec::holds_pod;
-use crate::{config::Config, cpuset::CpuSet, error::Error};
+use crate::{
+    config::Config,
+    cpuset::CpuSet,
+    error::Error,
+    huge_pages::{HugePages, Pools},
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -38,6 +45,8 @@ pub struct Limits {
     pub cpus: Option<CpuSet>,
     /// Memory nodes of the host. None: all.
     pub nodes: Option<CpuSet>,
+    /// Beside the memory.
+    pub huge_pages: HugePages,
 }
 
 impl Limits {
@@ -45,17 +54,29 @@ impl Limits {
     /// nothing.
     ///
     /// # Errors
-    /// A set of processors or nodes that is none, or that the host does not have.
+    /// A set of processors or nodes that is none, or that the host does not have; a size of huge
+    /// pages that is none; a mount of a single file in such pages.
     pub fn of(spec: &Spec) -> Result<Option<Self>, Error> {
         if holds_pod(spec) {
             return Ok(None);
         }
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
-        let none = Self::default();
+        let none = Self {
+            huge_pages: HugePages::of_mounts(spec)?,
+            ..Self::default()
+        };
         resources
             .map_or_else(|| Ok(none.clone()), |it| none.updated(it))
             .map(Some)
+    }
+
+    /// These limits in a pod whose cgroup on the host is `cgroup`.
+    pub fn within_pod(self, cgroup: &Path) -> Self {
+        Self {
+            huge_pages: self.huge_pages.within_pod(cgroup),
+            ..self
+        }
     }
 
     /// These limits with what `resources` says changed; what it leaves out stays.
@@ -79,6 +100,7 @@ impl Limits {
             memory: memory.map_or(self.memory, positive),
             cpus: host_set("cpu", "processors", cpus)?.or_else(|| self.cpus.clone()),
             nodes: host_set("node", "memory nodes", nodes)?.or_else(|| self.nodes.clone()),
+            huge_pages: self.huge_pages.updated(resources)?,
         })
     }
 
@@ -99,6 +121,7 @@ impl Limits {
             memory: larger(self.memory, other.memory),
             cpus: union(&self.cpus, &other.cpus),
             nodes: union(&self.nodes, &other.nodes),
+            huge_pages: self.huge_pages.either(&other.huge_pages),
         }
     }
 
@@ -195,7 +218,7 @@ fn positive(limit: i64) -> Option<u64> {
 pub struct Size {
     /// As many as the CPU limit can use at once, `max_vcpus` at most.
     pub vcpus: u8,
-    /// The memory limit and what the guest itself needs.
+    /// The memory limit, huge pages, and what the guest itself needs.
     pub memory_mib: u32,
 }
 
@@ -210,10 +233,15 @@ impl Size {
     /// Size for a pod whose containers have these limits together.
     pub fn within(config: &Config, limits: &Limits) -> Self {
         let vcpus = limits.millicpus().map(whole);
-        let memory = limits.memory.map(mib);
+        let huge = mib(Pools::of(std::iter::once(&limits.huge_pages)).bytes());
+        let guest = match limits.memory {
+            Some(limit) => mib(limit).saturating_add(config.guest_overhead_mib),
+            None if huge == 0 => 0,
+            None => config.default_memory_mib,
+        };
         Self {
             vcpus: vcpus.map_or(0, |vcpus| vcpus.clamp(1, config.max_vcpus)),
-            memory_mib: memory.map_or(0, |mib| mib.saturating_add(config.guest_overhead_mib)),
+            memory_mib: guest.saturating_add(huge),
         }
     }
 }
@@ -318,10 +346,12 @@ impl Room {
         containers: impl Iterator<Item = &'a Limits>,
     ) -> Result<Needed, Error> {
         let (mut millicpus, mut memory) = (0u64, u64::from(config.guest_overhead_mib));
+        let mut huge = Vec::new();
         let (mut any_cpu, mut any_memory) = (false, false);
         let mut together: Option<Limits> = None;
         for limits in containers {
             together = Some(together.map_or_else(|| limits.clone(), |all| all.either(limits)));
+            huge.push(&limits.huge_pages);
             match limits.millicpus() {
                 Some(limit) => millicpus = millicpus.saturating_add(limit),
                 None => any_cpu = true,
@@ -339,14 +369,17 @@ impl Room {
         if any_cpu {
             millicpus = millicpus.saturating_add(u64::from(config.default_vcpus) * 1000);
         }
-        let memory = memory.max(self.boot_mib.into());
+        let huge_pages = Pools::of(huge.into_iter());
+        let memory = memory
+            .saturating_add(mib(huge_pages.bytes()).into())
+            .max(self.boot_mib.into());
         let memory_mib = u32::try_from(memory)
             .ok()
             .filter(|memory| *memory <= self.max_mib)
             .ok_or_else(|| {
                 Error::Invalid(format!(
-                    "the pod's containers may use {memory} MiB of memory together, with the \
-                     guest's own; this microVM can grow to {} MiB (growth_max_memory_mib)",
+                    "the pod's containers may use {memory} MiB of memory together, with huge pages \
+                     and the guest's own; this microVM can grow to {} MiB (growth_max_memory_mib)",
                     self.max_mib
                 ))
             })?;
@@ -362,6 +395,7 @@ impl Room {
             },
             cpus: together.as_ref().and_then(|all| all.cpus.clone()),
             nodes: together.and_then(|all| all.nodes),
+            huge_pages,
         })
     }
 }
@@ -379,6 +413,8 @@ pub struct Needed {
     pub cpus: Option<CpuSet>,
     /// Memory nodes of the host that they may use. None: all.
     pub nodes: Option<CpuSet>,
+    /// Huge pages that the guest keeps for them, within its memory.
+    pub huge_pages: Pools,
 }
 
 #[cfg(test)]

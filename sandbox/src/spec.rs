@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use caisson_fs::ReadOnly;
 use caisson_protocol::POD_SHM;
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Spec};
+use oci_spec::runtime::{
+    LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Spec,
+};
 
 use crate::error::Error;
 
@@ -245,17 +247,27 @@ pub fn take_host_sets(resources: &mut LinuxResources) {
     }
 }
 
+fn is_bind(mount: &Mount) -> bool {
+    let options = mount.options().as_deref().unwrap_or_default();
+    mount.typ().as_deref() == Some("bind")
+        || options
+            .iter()
+            .any(|option| option == "bind" || option == "rbind")
+}
+
+/// The mounts of a file system of this type.
+pub fn mounts_of_type<'a>(spec: &'a Spec, kind: &'a str) -> impl Iterator<Item = &'a Mount> {
+    let mounts = spec.mounts().iter().flatten();
+    mounts.filter(move |mount| mount.typ().as_deref() == Some(kind) && !is_bind(mount))
+}
+
 /// The bind mounts whose sources are on the host.
 pub fn host_binds(spec: &Spec) -> Vec<HostBind> {
     let mounts = spec.mounts().iter().flatten().enumerate();
     mounts
         .filter_map(|(index, mount)| {
             let options = mount.options().as_deref().unwrap_or_default();
-            let bind = mount.typ().as_deref() == Some("bind")
-                || options
-                    .iter()
-                    .any(|option| option == "bind" || option == "rbind");
-            let source = mount.source().clone().filter(|_| bind)?;
+            let source = mount.source().clone().filter(|_| is_bind(mount))?;
             if source == Path::new(POD_SHM) {
                 return None;
             }

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     cgroup::Cgroup,
     failure::{During, Failure, Kind, Result},
+    huge_pages,
     stdio::Token,
 };
 
@@ -43,6 +44,7 @@ impl Manager {
             .join_pod_pid_namespace
             .then(|| self.table().pid_namespace_of_pod())
             .transpose()?;
+        huge_pages::make(&request.huge_directories)?;
         let linux = spec.linux().as_ref();
         let limits = linux.and_then(|linux| linux.resources().clone());
         let cgroup = Arc::new(Cgroup::create(&id, limits.as_ref())?);

@@ -13,7 +13,7 @@ mod hooks;
 pub mod init;
 mod life;
 pub mod mounts;
-mod paths;
+pub mod paths;
 pub mod pod_init;
 pub mod published;
 mod request;

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use caisson_protocol::{POD_SHM, PUBLISHED_PREFIX, SHARE_PREFIX};
+use caisson_protocol::{HUGE_PREFIX, POD_SHM, PUBLISHED_PREFIX, SHARE_PREFIX};
 use oci_spec::runtime::Mount;
 use rustix::{
     fs::{AtFlags, CWD, FileType, OFlags},
@@ -389,12 +389,16 @@ fn bind(root: BorrowedFd<'_>, mount: &Mount, options: &Options) -> Result<()> {
     finish(tree.as_fd(), options)
 }
 
-/// The source of a bind mount: an entry of the pod's share, a published volume, or the pod's shared
-/// memory ([`boot::SHM_DIR`]). Every other path names something of the host that is not here.
+/// The source of a bind mount: an entry of the pod's share, a directory of one of its hugetlbfs, a
+/// published volume, or the pod's shared memory ([`boot::SHM_DIR`]). Every other path names something
+/// of the host that is not here.
 fn open_source(source: &Path) -> Result<OwnedFd> {
     let text = source.to_string_lossy();
     if let Some(entry) = text.strip_prefix(SHARE_PREFIX) {
         return open_share(entry);
+    }
+    if let Some(directory) = text.strip_prefix(HUGE_PREFIX) {
+        return open_beneath(boot::HUGE_DIR, directory);
     }
     if let Some(number) = text.strip_prefix(PUBLISHED_PREFIX) {
         return open_beneath(boot::PUBLISHED_DIR, number);

@@ -111,10 +111,12 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>> {
         block_io(resources, &mut set)?;
     }
     for page in resources.hugepage_limits().iter().flatten() {
-        set(
-            &format!("hugetlb.{}.max", page.page_size()),
-            limit(page.limit()),
-        );
+        // What may be used, and what may be set aside: a mapping beyond the second is refused when
+        // it is made, not by a signal when it is touched.
+        for file in ["max", "rsvd.max"] {
+            let file = format!("hugetlb.{}.{file}", page.page_size());
+            set(&file, limit(page.limit()));
+        }
     }
     if resources.network().as_ref().is_some_and(|network| {
         network.class_id().is_some_and(|id| id != 0)
@@ -195,6 +197,20 @@ mod tests {
             ("cpu.max", "50000 100000"),
             ("cpu.weight", "39"),
             ("pids.max", "50"),
+        ];
+        assert_eq!(list, expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
+    }
+
+    #[test]
+    fn huge_pages_are_limited_in_use_and_in_reserve() {
+        let list = of(
+            r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304},{"pageSize":"1GB","limit":-1}]}"#,
+        );
+        let expected = [
+            ("hugetlb.2MB.max", "4194304"),
+            ("hugetlb.2MB.rsvd.max", "4194304"),
+            ("hugetlb.1GB.max", "max"),
+            ("hugetlb.1GB.rsvd.max", "max"),
         ];
         assert_eq!(list, expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
     }

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     disk,
     error::Error,
+    huge_pages::Volume,
     mount_table, published,
     size::Limits,
     spec::{self, HostBind},
@@ -36,7 +37,7 @@ impl Sandbox {
     /// [`Error`]; nothing of the container is left then.
     pub async fn create_container(&self, request: ContainerSpec) -> Result<Created, Error> {
         let mut spec = spec::parse(&request.spec_json)?;
-        let limits = Limits::of(&spec)?;
+        let limits = Limits::of(&spec)?.map(|limits| self.within_pod(limits));
         let joins_pod = spec::translate(&mut spec, self.vmm_pid())?;
         self.make_room(&request.id, limits).await?;
         let mut holdings = Holdings::default();
@@ -67,7 +68,13 @@ impl Sandbox {
         joins_pod: bool,
         holdings: &mut Holdings,
     ) -> Result<Created, Error> {
+        let mut huge_directories = Vec::new();
         for bind in spec::host_binds(&spec) {
+            if let Some(volume) = Volume::at(&bind.source)? {
+                spec::use_source(&mut spec, bind.mount, volume.guest_source());
+                huge_directories.push(volume.to_proto());
+                continue;
+            }
             if let Some(number) = self.publish_if_fit(&bind, holdings).await? {
                 spec::use_source(&mut spec, bind.mount, format!("{PUBLISHED_PREFIX}{number}"));
                 continue;
@@ -100,6 +107,7 @@ impl Sandbox {
             stdio: Some(stdio_message(&request.stdio)).into(),
             bind_pod_files: request.pod_files,
             join_pod_pid_namespace: joins_pod,
+            huge_directories,
             ..Default::default()
         };
         let response = self
@@ -136,6 +144,15 @@ impl Sandbox {
             self.publish(&bind.source, holdings).await
         } else {
             Ok(None)
+        }
+    }
+
+    /// Limits of a container in the light of those that the host has set for its pod.
+    fn within_pod(&self, limits: Limits) -> Limits {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        match record.cgroup().and_then(Path::parent) {
+            Some(pod) => limits.within_pod(pod),
+            None => limits,
         }
     }
 

@@ -2,7 +2,9 @@
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
-use caisson_protocol::agent::{OnlineResourcesRequest, UpdateContainerRequest};
+use caisson_protocol::agent::{
+    OnlineResourcesRequest, SetHugePagesRequest, UpdateContainerRequest,
+};
 use caisson_vmm_api::{Request, Response};
 use oci_spec::runtime::LinuxResources;
 use tokio::{sync::Mutex, time::Instant};
@@ -14,6 +16,7 @@ use crate::{
     cpuset::CpuSet,
     deadline::scaled,
     error::{AgentErrorKind, Error},
+    huge_pages::Pools,
     size::{Limits, Needed, Room},
     spec,
     vmm::Vmm,
@@ -45,6 +48,8 @@ struct State {
     plugged_mib: u32,
     /// Changes of it.
     generation: u64,
+    /// What the guest keeps.
+    huge_pages: Pools,
     host_sets: HostSets,
 }
 
@@ -112,6 +117,7 @@ impl Sizing {
                 vcpus: room.boot_vcpus,
                 plugged_mib: 0,
                 generation: 0,
+                huge_pages: Pools::default(),
                 host_sets: (None, None),
             })),
         }
@@ -223,6 +229,19 @@ impl Sandbox {
             }
             state.vcpus = needed.vcpus;
         }
+        // In memory that has just come, and before any is asked back.
+        if needed.huge_pages != state.huge_pages {
+            if let Err(error) = self.keep_huge_pages(&needed.huge_pages).await {
+                if let Err(error) = self.keep_huge_pages(&state.huge_pages).await {
+                    log::warn!("the guest keeps huge pages that it does not need: {error}");
+                }
+                if plugged > state.plugged_mib {
+                    self.shrink_memory(state, state.plugged_mib).await;
+                }
+                return Err(error);
+            }
+            state.huge_pages = needed.huge_pages.clone();
+        }
         if plugged < state.plugged_mib {
             self.shrink_memory(state, plugged).await;
         }
@@ -303,6 +322,20 @@ impl Sandbox {
             return Err(super::lie("did not bring the vCPUs online"));
         }
         Ok(())
+    }
+
+    /// Has the guest keep huge pages for its containers.
+    async fn keep_huge_pages(&self, pools: &Pools) -> Result<(), Error> {
+        let request = SetHugePagesRequest {
+            pools: pools.to_proto(),
+            ..Default::default()
+        };
+        self.agent
+            .call("keep huge pages", |client, context| async move {
+                client.set_huge_pages(context, &request).await
+            })
+            .await
+            .map(drop)
     }
 }
 

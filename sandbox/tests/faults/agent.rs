@@ -18,7 +18,7 @@ use caisson_protocol::{
         BindDeviceRequest, BindDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse,
         CreateContainerRequest, CreateProcessResponse, Empty, HelloRequest, HelloResponse,
         NextEventsRequest, NextEventsResponse, OnlineResourcesRequest, OnlineResourcesResponse,
-        ProcessExit, ProcessId, UnbindDeviceRequest, UpdateContainerRequest,
+        ProcessExit, ProcessId, SetHugePagesRequest, UnbindDeviceRequest, UpdateContainerRequest,
         bind_device_request::Expect,
     },
     agent_ttrpc::{Agent, create_agent},
@@ -174,6 +174,18 @@ impl Agent for Fake {
     }
 
     async fn unbind_device(&self, _: &TtrpcContext, _: UnbindDeviceRequest) -> Reply<Empty> {
+        Ok(Empty::default())
+    }
+
+    async fn set_huge_pages(&self, _: &TtrpcContext, request: SetHugePagesRequest) -> Reply<Empty> {
+        let pools = request.pools.iter();
+        let told: Vec<String> = pools
+            .map(|pool| format!("{}x{}", pool.pages, pool.page_bytes))
+            .collect();
+        self.note(&format!("huge pages {}", told.join(" ")));
+        if self.is("no-huge-pages") && !request.pools.is_empty() {
+            return refuse(ttrpc::Code::FAILED_PRECONDITION, "no room");
+        }
         Ok(Empty::default())
     }
 

@@ -16,6 +16,8 @@ pub fn trials() -> Vec<Trial> {
         trial("a_guest_that_does_not_plug", never_plugs),
         trial("more_than_the_configuration_allows", too_much),
         trial("a_vm_without_room_is_booted_without", no_room),
+        trial("huge_pages_are_kept_beside_the_memory", huge_pages),
+        trial("huge_pages_that_cannot_be_kept_give_back", no_huge_pages),
     ]
 }
 
@@ -54,9 +56,12 @@ impl Vm {
     }
 
     async fn create(&self, id: &str, quota: i64, mib: i64) -> Result<(), Error> {
+        self.create_with(id, &limits(quota, mib)).await
+    }
+
+    async fn create_with(&self, id: &str, resources: &str) -> Result<(), Error> {
         let spec = format!(
-            r#"{{"ociVersion":"1.2.0","linux":{{"namespaces":[{{"type":"pid"}}],"resources":{}}}}}"#,
-            limits(quota, mib)
+            r#"{{"ociVersion":"1.2.0","linux":{{"namespaces":[{{"type":"pid"}}],"resources":{resources}}}}}"#,
         );
         self.sandbox
             .create_container(container(id, &spec))
@@ -192,4 +197,61 @@ async fn no_room() {
     let (sandbox, _events) = host.start().await.unwrap();
     assert_eq!(host.requests(), ["boot 1 of 1 vCPUs, 512 and 0 MiB"]);
     sandbox.stop(Duration::ZERO).await.unwrap();
+}
+
+/// With 64 MiB of memory, and so many of huge pages of 2 MiB.
+fn huge(mib: i64) -> String {
+    let bytes = mib << 20;
+    format!(
+        r#"{{"memory":{{"limit":67108864}},"hugepageLimits":[{{"pageSize":"2MB","limit":{bytes}}},{{"pageSize":"1GB","limit":0}}]}}"#
+    )
+}
+
+async fn huge_pages() {
+    let mut vm = Vm::start("ok").await;
+    vm.create_with("a", &huge(32)).await.unwrap();
+    assert_eq!(
+        vm.news(),
+        ["hotplug 32 MiB", "huge pages 16x2097152", "create a"]
+    );
+    vm.create_with("b", &huge(3)).await.unwrap();
+    // A page that is begun is a whole one.
+    assert_eq!(
+        vm.news(),
+        ["hotplug 100 MiB", "huge pages 18x2097152", "create b"]
+    );
+    let less = huge(16).into_bytes();
+    vm.sandbox.update("a", less).await.unwrap();
+    assert_eq!(
+        vm.news(),
+        ["update a", "huge pages 10x2097152", "hotplug 84 MiB"]
+    );
+    vm.sandbox.delete_process("a", "").await.unwrap();
+    assert_eq!(
+        vm.news(),
+        ["delete a", "huge pages 2x2097152", "hotplug 4 MiB"]
+    );
+    vm.sandbox.delete_process("b", "").await.unwrap();
+    assert_eq!(vm.news(), ["delete b", "huge pages ", "hotplug 0 MiB"]);
+    let wrong = r#"{"hugepageLimits":[{"pageSize":"2 MB","limit":1}]}"#;
+    let error = vm.create_with("c", wrong).await.unwrap_err();
+    assert!(error.to_string().contains("\"2 MB\" is no size"), "{error}");
+    assert_eq!(vm.news(), [""; 0]);
+    vm.end().await;
+}
+
+async fn no_huge_pages() {
+    let mut vm = Vm::start("no-huge-pages").await;
+    let error = vm.create_with("a", &huge(32)).await.unwrap_err();
+    assert!(error.to_string().contains("no room"), "{error}");
+    let expected = [
+        "hotplug 32 MiB",
+        "huge pages 16x2097152",
+        "huge pages ",
+        "hotplug 0 MiB",
+    ];
+    assert_eq!(vm.news(), expected);
+    vm.create("a", 50_000, 64).await.unwrap();
+    assert_eq!(vm.news(), ["create a"]);
+    vm.end().await;
 }
