@@ -19,6 +19,7 @@ mod cri;
 mod deploy;
 mod docker;
 mod exec;
+mod huge_pages;
 mod images;
 mod lifecycle;
 mod load;

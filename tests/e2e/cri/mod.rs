@@ -2,6 +2,7 @@
 
 mod client;
 mod forward;
+pub mod huge_pages;
 mod network;
 mod pods;
 mod sandboxes;

@@ -46,7 +46,7 @@ const MODULES: [&str; 22] = [
 ];
 
 /// Programs of this machine beside busybox: git, GNU tar, sqlite3, python3.
-fn tools(host: &Host) -> &'static str {
+pub fn tools(host: &Host) -> &'static str {
     const NAME: &str = "caisson.test/tools:1";
     static LOADED: OnceLock<()> = OnceLock::new();
     LOADED.get_or_init(|| {
