@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::cpuset::CpuSet;
+use crate::{config::user, cpuset::CpuSet};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -26,10 +26,22 @@ pub fn path_for(id: &str, parent: Option<&Path>) -> Option<PathBuf> {
     if !Path::new(ROOT).join("cgroup.controllers").exists() {
         return None;
     }
-    let parent = parent.map_or(Path::new(DEFAULT_PARENT), |parent| {
-        parent.strip_prefix("/").unwrap_or(parent)
+    let parent = parent.map_or_else(default_parent, |parent| {
+        parent.strip_prefix("/").unwrap_or(parent).to_owned()
     });
     Some(Path::new(ROOT).join(parent).join(id))
+}
+
+/// Below the root for root; for a user without root beside the process' own cgroup, which is the
+/// user's if it is part of what has been delegated to the user.
+fn default_parent() -> PathBuf {
+    let own = match user() {
+        None => String::new(),
+        Some(_) => fs::read_to_string("/proc/self/cgroup").unwrap_or_default(),
+    };
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/"));
+    let beside = own.and_then(|own| Path::new(own).parent());
+    beside.unwrap_or(Path::new("")).join(DEFAULT_PARENT)
 }
 
 /// The cgroup that holds the container whose specification has this `linux.cgroupsPath`: as in
@@ -63,9 +75,9 @@ fn slice_path(slice: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// Extended attribute of a cgroup that was made on the way to a sandbox's: it goes with the last one
-/// below it, whichever that is.
-const OURS: &str = "trusted.caisson";
+/// Extended attributes of a cgroup that was made on the way to a sandbox's: it goes with the last one
+/// below it, whichever that is. The second is for users, who may not set the first.
+const OURS: [&str; 2] = ["trusted.caisson", "user.caisson"];
 
 /// Makes the cgroup, with controllers as far as the host lets us.
 ///
@@ -91,8 +103,11 @@ fn create_with_parents(path: &Path) -> io::Result<()> {
         && !parent.exists()
     {
         create_with_parents(parent)?;
-        // Without the mark it stays, and is empty.
-        let _ = rustix::fs::setxattr(parent, OURS, b"", rustix::fs::XattrFlags::empty());
+        // Without a mark it stays, and is empty.
+        let none = rustix::fs::XattrFlags::empty();
+        let _ = OURS
+            .iter()
+            .any(|name| rustix::fs::setxattr(parent, *name, b"", none).is_ok());
     }
     match fs::create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -176,7 +191,9 @@ pub fn remove(path: &Path, deadline: Instant) -> io::Result<()> {
     }
     for parent in path.ancestors().skip(1) {
         let mut nothing = [0; 1];
-        let ours = rustix::fs::getxattr(parent, OURS, &mut nothing[..]).is_ok();
+        let ours = OURS
+            .iter()
+            .any(|name| rustix::fs::getxattr(parent, *name, &mut nothing[..]).is_ok());
         // Fails while another sandbox has its cgroup there.
         if !ours || fs::remove_dir(parent).is_err() {
             break;

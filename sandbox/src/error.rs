@@ -1,6 +1,9 @@
 //! Why something could not be done with a sandbox.
 
-use std::{io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use crate::{config::ConfigError, record::RecordError, vmm::Gone};
 
@@ -40,7 +43,7 @@ pub enum Error {
     #[error("{0}")]
     Unsupported(String),
     /// KVM's device cannot be used.
-    #[error("cannot open {}: {source}; `caisson check` tells what this host lacks", path.display())]
+    #[error("cannot open {}: {source}; {}", path.display(), kvm_advice(path, source))]
     Kvm {
         /// The device.
         path: PathBuf,
@@ -97,6 +100,38 @@ pub enum Error {
     FileServer(#[from] caisson_fs::Error),
 }
 
+/// What stands for groups that a user namespace does not have (`/proc/sys/kernel/overflowgid`).
+const NO_GROUP: u32 = 65534;
+
+/// What to do about a device of KVM's that cannot be opened.
+fn kvm_advice(path: &Path, error: &io::Error) -> String {
+    use std::os::unix::fs::MetadataExt;
+    let group = fs::metadata(path)
+        .ok()
+        .filter(|_| error.kind() == io::ErrorKind::PermissionDenied)
+        .and_then(|data| match data.gid() {
+            // A user namespace does not have the group, and cannot tell its name: the usual one.
+            NO_GROUP => Some("kvm".to_owned()),
+            gid => group_name(&fs::read_to_string("/etc/group").ok()?, gid),
+        });
+    match group {
+        Some(group) => format!(
+            "it is for members of the group {group}: as root, usermod --append --groups {group} USER, \
+             and log in anew"
+        ),
+        None => "`caisson check` tells what this host lacks".to_owned(),
+    }
+}
+
+/// In the format of group(5).
+fn group_name(groups: &str, gid: u32) -> Option<String> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(gid)).then(|| name.to_owned())
+    })
+}
+
 impl Error {
     /// For `map_err`: what was tried when a system call failed.
     pub(crate) fn io<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
@@ -104,5 +139,17 @@ impl Error {
             what: what.into(),
             source: source.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_have_names() {
+        let groups = "root:x:0:\nkvm:x:104:ann,bob\n";
+        assert_eq!(group_name(groups, 104).as_deref(), Some("kvm"));
+        assert_eq!(group_name(groups, 1), None);
     }
 }

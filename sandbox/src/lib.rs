@@ -25,16 +25,17 @@ mod record;
 mod sandbox;
 mod shares;
 mod size;
+pub mod socket;
 mod spec;
 mod vmm;
 mod vsock;
 
 pub use cgroup::parent_of as cgroup_parent;
-pub use config::{Config, ConfigError, Effective, Origin, Setting};
+pub use config::{Config, ConfigError, ENTERED, Effective, Origin, Setting, user};
 pub use deadline::scaled;
 pub use error::{AgentErrorKind, Error};
 pub use features::{CAPABILITIES, features};
-pub use network::InterfaceLimits;
+pub use network::{Interface, InterfaceLimits};
 pub use record::RecordError;
 pub use sandbox::{
     ContainerSpec, Created, Event, Exit, NetworkNamespace, ProcessInfo, RootfsSource, Sandbox,

@@ -7,11 +7,16 @@
 use std::{
     fs, io,
     io::Write,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::{
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    thread::{Uid, set_thread_res_uid},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{cgroup, deadline::scaled};
@@ -284,8 +289,9 @@ fn end_process(pid: u32, expected: u64, deadline: Instant) -> Result<(), RecordE
         && let Ok(pidfd) = pidfd_open(raw, PidfdFlags::empty())
         // Checked after the descriptor is held, so that the signal cannot go astray.
         && same()
+        && pidfd_send_signal(&pidfd, Signal::KILL) == Err(Errno::PERM)
     {
-        let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        kill_as(owner(pid), &pidfd);
     }
     while same() {
         if Instant::now() > deadline {
@@ -296,6 +302,28 @@ fn end_process(pid: u32, expected: u64, deadline: Instant) -> Result<(), RecordE
         std::thread::sleep(Duration::from_millis(2));
     }
     Ok(())
+}
+
+/// User of a process; None: it has gone.
+fn owner(pid: u32) -> Option<Uid> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    let real = line.split_whitespace().next()?.parse().ok()?;
+    Some(Uid::from_raw(real))
+}
+
+/// Kills a process in another user namespace, of which this one is not root, as the user that it
+/// runs as: that is the same user in all namespaces of one caller without root.
+fn kill_as(user: Option<Uid>, process: &OwnedFd) {
+    let Some(user) = user else { return };
+    std::thread::scope(|scope| {
+        // The change of user is this thread's alone, and ends with it.
+        let thread = scope.spawn(|| {
+            set_thread_res_uid(user, user, user)?;
+            pidfd_send_signal(process, Signal::KILL)
+        });
+        let _ = thread.join();
+    });
 }
 
 /// Claims a user id that no other sandbox has: a directory of that name, which goes with the record.

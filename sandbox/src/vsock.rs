@@ -11,7 +11,7 @@ use tokio::{
     net::UnixStream,
 };
 
-use crate::{deadline::scaled, error::Error};
+use crate::{deadline::scaled, error::Error, socket};
 
 /// Longest answer to `CONNECT`: "OK " and a 32-bit number.
 const MAX_ANSWER: usize = 32;
@@ -20,8 +20,8 @@ const MAX_ANSWER: usize = 32;
 ///
 /// # Errors
 /// Nobody listens there, or not yet (`ConnectionRefused`).
-pub async fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(socket).await?;
+pub async fn connect(path: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut stream = socket::connect(path).await?;
     stream
         .write_all(format!("CONNECT {port}\n").as_bytes())
         .await?;

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use caisson_sandbox::scaled;
+use caisson_sandbox::{scaled, socket};
 use tokio::{
     io::AsyncWriteExt,
     net::{UnixListener, UnixStream},
@@ -30,7 +30,12 @@ pub fn serve(
     path: &Path,
     (name, manager): (String, String),
 ) -> Result<(), Error> {
-    let listener = UnixListener::bind(path).map_err(Error::file("listen on", path))?;
+    let listener = socket::listen(path)
+        .and_then(|listener| {
+            listener.set_nonblocking(true)?;
+            UnixListener::from_std(listener)
+        })
+        .map_err(Error::file("listen on", path))?;
     std::fs::set_permissions(path, Permissions::from_mode(0o600))
         .map_err(Error::file("protect", path))?;
     let pod = Arc::downgrade(pod);

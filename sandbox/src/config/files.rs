@@ -10,34 +10,73 @@ use toml::{Spanned, Table, Value};
 
 use super::{Config, ConfigError, Effective, Origin, Setting};
 
-/// The configuration in `directory`.
-pub fn merged(directory: &Path) -> Result<Effective, ConfigError> {
-    let mut table = Table::new();
+/// A directory with files of the configuration.
+#[derive(Debug, Clone)]
+pub struct Layer {
+    directory: PathBuf,
+    /// Keys that do not count there.
+    ignored: Vec<&'static str>,
+}
+
+impl Layer {
+    /// All of a directory's files.
+    pub fn all(directory: &Path) -> Self {
+        Self::without(directory, &[])
+    }
+
+    /// But for these keys.
+    pub fn without(directory: &Path, ignored: &[&'static str]) -> Self {
+        Self {
+            directory: directory.to_owned(),
+            ignored: ignored.to_vec(),
+        }
+    }
+
+    /// Its path.
+    #[cfg(test)]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+}
+
+/// The configuration of these directories, each over those before it, and all over `places`, which
+/// are defaults that depend on the user.
+pub fn merged(places: Table, layers: &[Layer]) -> Result<Effective, ConfigError> {
+    let mut table = places;
     let mut origins = BTreeMap::new();
     let mut files = Vec::new();
-    for path in list(directory)? {
-        let Some(text) = read(&path)? else { continue };
-        for (key, value, line) in parse(&path, &text)? {
-            let origin = |line| Origin::File {
-                path: path.clone(),
-                line,
-            };
-            if key == REGISTRIES {
-                for (name, start) in registry_lines(&text) {
-                    origins.insert(registry_key(&name), origin(line_at(&text, start)));
+    for layer in layers {
+        for path in list(&layer.directory)? {
+            let Some(text) = read(&path)? else { continue };
+            for (key, value, line) in parse(&path, &text)? {
+                if layer.ignored.contains(&key.as_str()) {
+                    continue;
                 }
+                let origin = |line| Origin::File {
+                    path: path.clone(),
+                    line,
+                };
+                if key == REGISTRIES {
+                    for (name, start) in registry_lines(&text) {
+                        origins.insert(registry_key(&name), origin(line_at(&text, start)));
+                    }
+                }
+                origins.insert(key.clone(), origin(line));
+                insert(&mut table, &key, value);
             }
-            origins.insert(key.clone(), origin(line));
-            insert(&mut table, &key, value);
+            files.push(path);
         }
-        files.push(path);
     }
     // Each key has been tried by itself, and none depends on another's presence.
-    let config: Config = table.try_into().map_err(|error| ConfigError::Read {
-        path: directory.to_owned(),
-        source: io::Error::other(error),
-    })?;
-    let settings = settings(directory, &config, &origins)?;
+    let last = layers.last().map(|layer| layer.directory.clone());
+    let failed = |source| ConfigError::Read {
+        path: last.unwrap_or_default(),
+        source,
+    };
+    let config: Config = table
+        .try_into()
+        .map_err(|error| failed(io::Error::other(error)))?;
+    let settings = settings(&config, &origins)?;
     config.check(&settings)?;
     Ok(Effective {
         config,
@@ -160,13 +199,12 @@ fn line_at(text: &str, offset: usize) -> usize {
 }
 
 fn settings(
-    directory: &Path,
     config: &Config,
     origins: &BTreeMap<String, Origin>,
 ) -> Result<Vec<Setting>, ConfigError> {
     // A path that is not UTF-8 cannot come from a file, but from where the program is installed.
     let failed = |error: toml::ser::Error| ConfigError::Read {
-        path: directory.to_owned(),
+        path: config.vmm.clone(),
         source: io::Error::other(error),
     };
     let plain = Config {

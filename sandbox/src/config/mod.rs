@@ -2,6 +2,7 @@
 
 mod check;
 mod files;
+mod place;
 
 use std::{
     collections::BTreeMap,
@@ -10,13 +11,19 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use toml::Table;
 
-/// Where the files are unless somebody says otherwise.
-const DIRECTORY: &str = "/etc/caisson";
+use files::Layer;
+pub use place::{ENTERED, user};
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// A user without root has no place for things.
+    #[error(
+        "neither {0} nor HOME is the absolute path of a directory: a user without root needs one of them"
+    )]
+    NoHome(&'static str),
     /// It is there and cannot be read.
     #[error("cannot read the configuration {}: {source}", path.display())]
     Read {
@@ -236,8 +243,8 @@ impl Default for Config {
 
 impl Config {
     /// Reads `config.toml` and `config.d/*.toml` (in the order of their names; a later file
-    /// overrides an earlier one key by key) in `directory`, or in `/etc/caisson`. None of them
-    /// need be there.
+    /// overrides an earlier one key by key) in `directory`, or in `/etc/caisson`; for a user
+    /// without root then those in `$XDG_CONFIG_HOME/caisson`. None of them need be there.
     ///
     /// # Errors
     /// [`ConfigError`], which names the file, the line and the key.
@@ -250,7 +257,11 @@ impl Config {
     /// # Errors
     /// As there.
     pub fn effective(directory: Option<&Path>) -> Result<Effective, ConfigError> {
-        files::merged(directory.unwrap_or(Path::new(DIRECTORY)))
+        let (places, layers) = match directory {
+            Some(directory) => (Table::new(), vec![Layer::all(directory)]),
+            None => place::layers()?,
+        };
+        files::merged(places, &layers)
     }
 }
 

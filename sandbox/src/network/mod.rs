@@ -7,9 +7,11 @@
 //! stands for. The host's own stack in the namespace sees no frame any more.
 //!
 //! [`layout`] reads the namespace, [`namespace`] enters it, [`redirect`] and [`tap`] change it,
-//! [`forward`] takes connections to its loopback, which [`steering`] leads there.
+//! [`forward`] takes connections to its loopback, which [`steering`] leads there. [`interface`] puts one
+//! there for a program that has none of its own.
 
 mod forward;
+mod interface;
 mod layout;
 mod limits;
 mod namespace;
@@ -25,6 +27,7 @@ use std::{
 };
 
 use forward::Forward;
+pub use interface::Interface;
 pub use layout::{Layout, Link, mac};
 pub use limits::InterfaceLimits;
 use namespace::Namespace;

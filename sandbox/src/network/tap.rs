@@ -34,21 +34,29 @@ pub fn create(name: &str, queues: u8) -> io::Result<(Vec<OwnedFd>, u32)> {
     // Without EXCL the kernel would add a queue to a tap that another sandbox has made.
     let taps = (0..queues.max(1))
         .map(|index| {
-            queue(
-                name,
-                several | if index == 0 { libc::IFF_TUN_EXCL } else { 0 },
-            )
+            let first = if index == 0 { libc::IFF_TUN_EXCL } else { 0 };
+            queue(name, libc::IFF_VNET_HDR | several | first)
         })
         .collect::<io::Result<Vec<_>>>()?;
-    // The namespace's own stack must not speak on it. Kernels without IPv6 have no such file.
+    Ok((taps, quiet(name)?))
+}
+
+/// As [`create`], with one queue, whose frames are as on a wire: no headers of virtio before them.
+pub fn create_plain(name: &str) -> io::Result<(OwnedFd, u32)> {
+    let tap = queue(name, libc::IFF_TUN_EXCL)?;
+    Ok((tap, quiet(name)?))
+}
+
+/// Keeps the namespace's own stack from speaking on an interface, and tells its index.
+fn quiet(name: &str) -> io::Result<u32> {
+    // Kernels without IPv6 have no such file.
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
     let socket = rustix::net::socket(
         rustix::net::AddressFamily::UNIX,
         rustix::net::SocketType::DGRAM,
         None,
     )?;
-    let index = rustix::net::netdevice::name_to_index(socket, name)?;
-    Ok((taps, index))
+    Ok(rustix::net::netdevice::name_to_index(socket, name)?)
 }
 
 fn queue(name: &str, more: libc::c_int) -> io::Result<OwnedFd> {
@@ -65,7 +73,7 @@ fn queue(name: &str, more: libc::c_int) -> io::Result<OwnedFd> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | more;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which `request` is.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) };

@@ -24,6 +24,7 @@ use crate::{
     figures::Stage,
     record::{self, Record, Resource},
     size::Room,
+    socket,
     vmm::Vmm,
 };
 
@@ -128,7 +129,7 @@ pub(super) async fn boot(
     }
     let vsock = record.directory().join("vsock.sock");
     let listener =
-        UnixListener::bind(&vsock).map_err(Error::io(format!("listen on {}", vsock.display())))?;
+        socket::listen(&vsock).map_err(Error::io(format!("listen on {}", vsock.display())))?;
     let begin = Instant::now();
     let vmm = Arc::new(Vmm::spawn(&config.vmm, uid, &spec.id)?);
     if let Some(resource) = process(vmm.pid()) {
