@@ -7,7 +7,7 @@ use caisson_sandbox::Config;
 use clap::ArgMatches;
 use serde_json::json;
 
-use crate::{Format, error::Error, network};
+use crate::{Format, error::Error, network, rootless};
 
 /// Time for measuring the speed of a guest.
 const SPEED: Duration = Duration::from_secs(1);
@@ -24,6 +24,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     checks.extend(host::checks());
     checks.extend(parts(&config));
     checks.push(network::check());
+    checks.extend(rootless::checks());
     let able = checks.iter().all(|check| check.status != Status::Failed);
     if format == Format::Json {
         println!(

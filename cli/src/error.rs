@@ -69,6 +69,9 @@ pub enum Error {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] caisson_sandbox::ConfigError),
+    /// What the caller lacks for doing without root.
+    #[error(transparent)]
+    Rootless(#[from] crate::rootless::RootlessError),
     /// A hook of the host.
     #[error(transparent)]
     Hook(#[from] caisson_sandbox::hooks::HookError),

@@ -81,6 +81,7 @@ fn time(at: Option<SystemTime>) -> String {
 pub fn network_mode(container: &Container) -> String {
     match &container.request.network.mode {
         Mode::None => "none".to_owned(),
+        Mode::User => "passt".to_owned(),
         Mode::Networks(names) => names.first().cloned().unwrap_or_default(),
         Mode::Container(id) => format!("container:{id}"),
     }

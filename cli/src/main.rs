@@ -24,6 +24,7 @@ mod oci;
 mod options;
 mod ps;
 mod pull;
+mod rootless;
 mod run;
 mod sandboxes;
 mod save;
@@ -54,7 +55,10 @@ fn main() -> ExitCode {
         return ExitCode::from(125);
     };
     let of_run = verb == "run";
-    match dispatch(verb, matches) {
+    let done = rootless::enter(verb)
+        .map_err(Error::from)
+        .and_then(|()| dispatch(verb, matches));
+    match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("caisson: {error}");

@@ -29,7 +29,7 @@ use crate::{
     container::{Container, Containers, Status, own_identity},
     error::Error,
     log_file::{Stream, Writer},
-    network::{self, Reserved},
+    network::{self, Link, Reserved},
     shim::{self, Shim, Streams},
     volumes,
 };
@@ -148,6 +148,8 @@ struct Running {
     pid: u32,
     /// Its ports of the host.
     ports: Option<Reserved>,
+    /// Its way out, where that is in this process.
+    link: Option<Link>,
 }
 
 /// Starts a container. Its interfaces come while its microVM boots: the shim takes over whatever
@@ -178,8 +180,8 @@ async fn start(containers: &Containers, container: &Container) -> Result<Running
     let prepared = network::prepare(containers, container)?;
     let (attachment, ports) = prepared.unzip();
     let connecting = attachment.map(|attachment| {
-        let config = containers.config.clone();
-        tokio::task::spawn_blocking(move || network::connect(&config, &attachment))
+        let (config, wanted) = (containers.config.clone(), container.request.network.clone());
+        tokio::spawn(network::connect(config, attachment, wanted))
     });
     let created = create(containers, container, &streams).await;
     // Whatever became of the microVM: nobody may still be at work on what is then taken away.
@@ -187,21 +189,22 @@ async fn start(containers: &Containers, container: &Container) -> Result<Running
         Some(connecting) => connecting
             .await
             .unwrap_or_else(|error| Err(Error::io("connect the container")(error))),
-        None => Ok(()),
+        None => Ok(None),
     };
     let shim = created?;
     let started = async {
-        connected?;
-        shim.start(&container.id, "").await
+        let link = connected?;
+        Ok::<_, Error>((shim.start(&container.id, "").await?, link))
     };
     match started.await {
-        Ok(pid) => Ok(Running {
+        Ok((pid, link)) => Ok(Running {
             shim,
             streams,
             stdout,
             stderr,
             pid,
             ports,
+            link,
         }),
         Err(error) => {
             end(containers, &shim, container).await;
@@ -377,6 +380,7 @@ async fn follow(
     if container.pod().is_none() {
         end_shim(containers, &running.shim, id, &bundle).await;
     }
+    drop(running.link);
     leave_networks(containers, id).await;
     drop(running.ports);
     // The shim has gone or let go of them, so the FIFOs end.

@@ -5,9 +5,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use caisson_sandbox::{Config, figures, figures::Figures, scaled};
+use caisson_sandbox::{Config, figures, figures::Figures, scaled, socket};
 use serde_json::json;
-use tokio::{io::AsyncReadExt, net::UnixStream};
+use tokio::io::AsyncReadExt;
 
 use crate::{Format, error::Error, ps};
 
@@ -45,7 +45,7 @@ async fn ask_one(path: PathBuf) -> Option<Figures> {
 
 async fn read(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut text = Vec::new();
-    let stream = UnixStream::connect(path).await?;
+    let stream = socket::connect(path).await?;
     stream.take(MAX_ANSWER).read_to_end(&mut text).await?;
     Ok(text)
 }

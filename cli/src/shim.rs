@@ -34,6 +34,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Longest that a killed container may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
+/// The shim's name.
+const PROGRAM: &[u8] = b"containerd-shim-caisson-v2";
+
 fn program(config: &Config) -> PathBuf {
     // <prefix>/bin, beside this program; the VMM's place names the prefix when it is configured.
     let own = std::env::current_exe().ok();
@@ -107,12 +110,7 @@ pub fn end_orphan(bundle: &Path) {
         .and_then(|text| text.trim().parse::<u32>().ok());
     let Some(pid) = pid else { return };
     // Only if it is still that program: ids are used again.
-    let is_shim = || {
-        start_time(pid).is_some()
-            && fs::read_link(format!("/proc/{pid}/exe"))
-                .is_ok_and(|exe| exe.to_string_lossy().contains("containerd-shim-caisson-v2"))
-            && fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == bundle)
-    };
+    let is_shim = || start_time(pid).is_some() && is_shim_of(pid, bundle);
     let signal = |signal| {
         if let Some(pid) = i32::try_from(pid)
             .ok()
@@ -130,6 +128,16 @@ pub fn end_orphan(bundle: &Path) {
         left = left.saturating_sub(step);
     }
     signal(rustix::process::Signal::KILL);
+}
+
+/// Whether a process is the shim of this bundle, by its command line: unlike its program and its
+/// directory this is to be seen from another user namespace, too.
+fn is_shim_of(pid: u32, bundle: &Path) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+    let program = words.first().is_some_and(|word| word.ends_with(PROGRAM));
+    let bundle = bundle.as_os_str().as_encoded_bytes();
+    program && words.windows(2).any(|pair| pair == [b"-bundle", bundle])
 }
 
 /// Ends a task that has lost its monitor, in a shim that serves others too.

@@ -11,7 +11,7 @@ pub fn flags() -> [Arg; 12] {
             "network",
             None,
             "NETWORK",
-            "A network's name [default: bridge], \"none\" or \"container:NAME\"",
+            "A network's name [default: bridge; passt without root], \"none\" or \"container:NAME\"",
         )
         .visible_alias("net"),
         list(

@@ -16,9 +16,11 @@ use super::{
     address, namespace, namespace_of,
     netavark::Netavark,
     networks_of,
+    passt::{self, Link},
     ports::{self, Port, Reserved},
     resolver,
     store::{Network, Networks},
+    wanted::{Mode, Wanted},
 };
 use crate::{
     container::{Container, Containers},
@@ -38,7 +40,7 @@ pub struct Attachment {
     pub endpoints: Vec<Endpoint>,
     /// Its ports, each with the host's.
     pub ports: Vec<Port>,
-    /// What netavark is told to make, and to take away.
+    /// What netavark is told to make, and to take away; nothing where passt does it.
     input: Value,
 }
 
@@ -102,6 +104,11 @@ fn path(networks: &Networks, id: &str) -> PathBuf {
     networks.attached().join(format!("{id}.json"))
 }
 
+/// Where a container's passt notes its process id.
+fn pid_file(networks: &Networks, id: &str) -> PathBuf {
+    networks.attached().join(format!("{id}.pid"))
+}
+
 fn read(path: &Path) -> io::Result<Attachment> {
     serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)
 }
@@ -130,7 +137,7 @@ pub fn prepare(
     let networks = Networks::of(config);
     forget_strangers(containers, &networks)?;
     let _lock = networks.lock()?;
-    for network in &found {
+    for network in found.iter().filter(|network| !network.is_passt()) {
         // It may have gone since it was looked up.
         networks.get(&network.name)?;
     }
@@ -138,8 +145,14 @@ pub fn prepare(
     let endpoints = endpoints(container, &found, &others)?;
     let (v4, v6) = families(&endpoints);
     let mut ports = wanted.ports.clone();
-    let reserved = ports::reserve(&mut ports, v4, v6)?;
-    let input = input(container, &found, &endpoints, &ports);
+    let mut reserved = ports::reserve(&mut ports, v4, v6)?;
+    let input = if wanted.mode == Mode::User {
+        // It listens at them itself.
+        reserved = Reserved::default();
+        Value::Null
+    } else {
+        input(container, &found, &endpoints, &ports)
+    };
     let attachment = Attachment {
         boot: boot(),
         container: container.id.clone(),
@@ -162,11 +175,29 @@ pub fn prepare(
     Ok(Some((attachment, reserved)))
 }
 
-/// Makes a container's interfaces and rules.
+/// Makes a container's interfaces and rules. What it returns has to be kept as long as they are to
+/// work.
 ///
 /// # Errors
-/// netavark's words.
-pub fn connect(config: &Config, attachment: &Attachment) -> Result<(), Error> {
+/// netavark's or passt's words.
+pub async fn connect(
+    config: Config,
+    attachment: Attachment,
+    wanted: Wanted,
+) -> Result<Option<Link>, Error> {
+    if attachment.input.is_null() {
+        let namespace = namespace_of(&config, &attachment.container);
+        let pid_file = pid_file(&Networks::of(&config), &attachment.container);
+        let link = passt::connect(&attachment, &wanted, &namespace, &pid_file);
+        return link.await.map(Some);
+    }
+    tokio::task::spawn_blocking(move || connect_bridges(&config, &attachment))
+        .await
+        .unwrap_or_else(|error| Err(Error::io("connect the container")(error)))?;
+    Ok(None)
+}
+
+fn connect_bridges(config: &Config, attachment: &Attachment) -> Result<(), Error> {
     let networks = Networks::of(config);
     let with_names = attachment.input["network_info"]
         .as_object()
@@ -195,6 +226,8 @@ pub fn detach(config: &Config, id: &str) -> Result<(), Error> {
     match read(&path) {
         // Since then the host has restarted, or somebody was faster.
         Ok(attachment) if attachment.boot != boot() => {}
+        // There is nothing but the process and the namespace.
+        Ok(attachment) if attachment.input.is_null() => {}
         Ok(attachment) => {
             if let Err(error) = tear_down(config, &attachment, &namespace) {
                 log::warn!("container {id}: {error}");
@@ -203,6 +236,7 @@ pub fn detach(config: &Config, id: &str) -> Result<(), Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => log::warn!("{} is damaged: {error}", path.display()),
     }
+    passt::end(&pid_file(&networks, id))?;
     namespace::remove(&namespace)?;
     fs::remove_file(&path).map_err(Error::file("remove", path))?;
     if Attachment::all(&networks)?.is_empty() {
@@ -403,7 +437,7 @@ fn input(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::{Mode, Wanted, store::Subnet};
+    use crate::network::store::Subnet;
 
     struct Fixture {
         _directory: tempfile::TempDir,

@@ -7,6 +7,7 @@
 //!   attachment  what a running container has    <state_dir>/networks/attached/<id>.json
 //!   namespace   its network namespace           <run_dir>/netns/<id>
 //!   netavark    the program that makes bridges, interfaces, rules and names
+//!   passt       the program that users without root have in its place
 //! ```
 //!
 //! Addresses are given out here, under the lock of [`store::Networks`]; netavark does the rest. A
@@ -17,6 +18,7 @@ mod address;
 mod attachment;
 mod namespace;
 mod netavark;
+mod passt;
 mod ports;
 mod resolver;
 mod store;
@@ -24,7 +26,7 @@ mod verbs;
 mod wanted;
 
 pub use attachment::{Attachment, Endpoint, connect, detach, prepare};
-pub use netavark::check;
+pub use passt::Link;
 pub use ports::{Port, Reserved, check_number, exposed, publish_exposed};
 pub use resolver::{Resolver, of_container as resolver_of};
 pub use store::{Network, Networks};
@@ -38,6 +40,14 @@ use netavark::Netavark;
 
 use crate::error::Error;
 
+/// The programs that networks of `caisson run` need.
+pub fn check() -> caisson_kvm_probe::Check {
+    match caisson_sandbox::user() {
+        None => netavark::check(),
+        Some(_) => passt::check(),
+    }
+}
+
 /// Where the network namespace of a container is, while it has one.
 pub fn namespace_of(config: &Config, id: &str) -> PathBuf {
     config.run_dir.join("netns").join(id)
@@ -49,8 +59,13 @@ pub fn namespace_of(config: &Config, id: &str) -> PathBuf {
 /// # Errors
 /// One is not there; netavark is not installed.
 pub fn networks_of(config: &Config, wanted: &Wanted) -> Result<Vec<Network>, Error> {
-    let Mode::Networks(names) = &wanted.mode else {
-        return Ok(Vec::new());
+    let names = match &wanted.mode {
+        Mode::Networks(names) => names,
+        Mode::User => {
+            passt::find()?;
+            return Ok(passt::network().into_iter().collect());
+        }
+        Mode::None | Mode::Container(_) => return Ok(Vec::new()),
     };
     let networks = Networks::of(config);
     {

@@ -240,9 +240,21 @@ fn not_taken(address: SocketAddr, protocol: Protocol, error: Errno) -> Error {
     let why = match error {
         Errno::ADDRINUSE => "the port is in use on this host".to_owned(),
         Errno::ADDRNOTAVAIL => format!("{} is no address of this host", address.ip()),
+        Errno::ACCESS => format!(
+            "ports below {} are root's on this host: publish at a higher one, or as root set \
+             net.ipv4.ip_unprivileged_port_start lower (sysctl)",
+            first_free_port()
+        ),
         other => std::io::Error::from(other).to_string(),
     };
     Error::State(format!("cannot publish {address}/{protocol}: {why}"))
+}
+
+/// The first port that needs no root.
+fn first_free_port() -> u16 {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start");
+    let text = text.unwrap_or_default();
+    text.trim().parse().unwrap_or(1024)
 }
 
 fn take(address: SocketAddr, protocol: Protocol) -> Result<(OwnedFd, u16), Errno> {

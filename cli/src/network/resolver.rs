@@ -60,10 +60,11 @@ fn read(path: &str) -> String {
 }
 
 /// Whether netavark has a name server on the network: where containers have names, and on the
-/// default network of a host whose own name server is on its loopback alone.
+/// default network of a host whose own name server is on its loopback alone. On such a host passt
+/// passes questions on, too.
 pub fn serves_names(network: &Network) -> bool {
     network.dns
-        || (network.is_default() && {
+        || ((network.is_default() || network.is_passt()) && {
             let has_any = !Resolver::parse(&read("/etc/resolv.conf"))
                 .servers
                 .is_empty();
@@ -81,6 +82,8 @@ pub fn of_container(wanted: &Wanted, networks: &[Network]) -> Resolver {
     let serving: Vec<IpAddr> = networks
         .iter()
         .filter(|network| serves_names(network))
+        // passt asks those of the host alone.
+        .filter(|network| !network.is_passt() || wanted.dns.is_empty())
         .flat_map(|network| network.subnets.iter().map(|subnet| subnet.gateway))
         .collect();
     let or = |given: &[String], hosts: Vec<String>| {

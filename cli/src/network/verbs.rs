@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::{
     address,
     attachment::Attachment,
-    ports,
+    passt, ports,
     store::{Draft, Network, Networks, Subnet},
     wanted::Mode,
 };
@@ -23,7 +23,14 @@ use crate::{
 };
 
 /// Names that mean something else.
-const RESERVED: [&str; 5] = ["bridge", "default", "host", "none", "container"];
+const RESERVED: [&str; 6] = [
+    "bridge",
+    "default",
+    "host",
+    "none",
+    "container",
+    passt::NAME,
+];
 
 /// Bytes that a link can carry at a time: the least of IPv4 and IPv6, the most of virtio-net.
 const MTU: std::ops::RangeInclusive<u32> = 1280..=65_535;
@@ -33,6 +40,13 @@ const MTU: std::ops::RangeInclusive<u32> = 1280..=65_535;
 /// # Errors
 /// Those of its verbs.
 pub fn noun(matches: &ArgMatches) -> Result<u8, Error> {
+    if caisson_sandbox::user().is_some() {
+        return Err(Error::State(
+            "networks on bridges need root. Without root each container has a way out of its own, by passt; \
+             several share one by --network container:NAME"
+                .to_owned(),
+        ));
+    }
     match matches.subcommand() {
         Some(("create", matches)) => create(matches),
         Some(("ls", matches)) => list(matches),

@@ -2,10 +2,12 @@
 
 use std::net::IpAddr;
 
+use caisson_sandbox::user;
 use clap::ArgMatches;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    passt,
     ports::{self, Port},
     store::{DEFAULT, Network},
 };
@@ -22,6 +24,8 @@ pub enum Mode {
     /// The loopback interface only.
     #[default]
     None,
+    /// What a user without root can have: [`super::passt`].
+    User,
     /// An interface in each of these networks, the first of which leads out.
     Networks(Vec<String>),
     /// The microVM of another container: the name given, then that container's id.
@@ -70,7 +74,11 @@ impl Wanted {
     /// # Errors
     /// They make no sense, or not together.
     pub fn of(matches: &ArgMatches) -> Result<Self, Error> {
-        let mode = mode(&values(matches, "network"))?;
+        Self::of_caller(matches, user().is_none())
+    }
+
+    fn of_caller(matches: &ArgMatches, root: bool) -> Result<Self, Error> {
+        let mode = mode(&values(matches, "network"), root)?;
         let mut wanted = Self {
             aliases: values(matches, "network-alias")
                 .into_iter()
@@ -111,6 +119,10 @@ impl Wanted {
         };
         let (networks, with) = match &self.mode {
             Mode::Networks(networks) => (networks, ""),
+            Mode::User if given(&"network-alias") => {
+                return conflict("network-alias", passt::NAME);
+            }
+            Mode::User => (&vec![passt::NAME.to_owned()], ""),
             // Docker lets -p be, and publishes nothing; who asks for a port wants to reach it.
             Mode::None => (&Vec::new(), "none"),
             Mode::Container(_) => (&Vec::new(), "container:…"),
@@ -142,7 +154,7 @@ impl Wanted {
     }
 }
 
-fn mode(given: &[&str]) -> Result<Mode, Error> {
+fn mode(given: &[&str], root: bool) -> Result<Mode, Error> {
     let alone = |what: &str| {
         if given.len() > 1 {
             return Err(Error::Usage(format!(
@@ -157,6 +169,16 @@ fn mode(given: &[&str]) -> Result<Mode, Error> {
             "none" => {
                 alone("none")?;
                 return Ok(Mode::None);
+            }
+            passt::NAME if root => {
+                return Err(Error::Usage(
+                    "--network passt is for users without root; root has --network bridge"
+                        .to_owned(),
+                ));
+            }
+            passt::NAME => {
+                alone(passt::NAME)?;
+                return Ok(Mode::User);
             }
             "host" => {
                 return Err(Error::Usage(
@@ -175,6 +197,13 @@ fn mode(given: &[&str]) -> Result<Mode, Error> {
                     }
                     return Ok(Mode::Container(name.to_owned()));
                 }
+                if !root {
+                    return Err(Error::Usage(format!(
+                        "--network {text}: bridges, and networks on them, need root. Without root there are \
+                         passt (the default: a way out, and published ports), none, and container:NAME; \
+                         or run this as root"
+                    )));
+                }
                 let name = match text {
                     "bridge" | "default" => DEFAULT,
                     name => name,
@@ -187,6 +216,9 @@ fn mode(given: &[&str]) -> Result<Mode, Error> {
                 networks.push(name.to_owned());
             }
         }
+    }
+    if networks.is_empty() && !root {
+        return Ok(Mode::User);
     }
     if networks.is_empty() {
         networks.push(DEFAULT.to_owned());
@@ -252,20 +284,24 @@ fn host(text: &str) -> Result<(String, String), Error> {
 /// # Errors
 /// The gateway of a container without a network.
 pub fn host_lines(wanted: &Wanted, networks: &[Network]) -> Result<Vec<String>, Error> {
-    let gateway = networks
-        .first()
-        .and_then(|network| network.subnets.first())
-        .map(|subnet| subnet.gateway.to_string());
+    let gateway = match networks.first() {
+        // Its gateway is passt, which stands for nobody.
+        Some(network) if network.is_passt() => passt::host_address(),
+        network => network
+            .and_then(|network| network.subnets.first())
+            .map(|subnet| subnet.gateway),
+    };
     wanted
         .hosts
         .iter()
         .map(|(name, place)| {
             let address = if place == "host-gateway" {
-                gateway.clone().ok_or_else(|| {
+                let gateway = gateway.ok_or_else(|| {
                     Error::Usage(format!(
                         "--add-host {name}:{place}: there is no gateway without a network"
                     ))
-                })?
+                })?;
+                gateway.to_string()
             } else {
                 place.clone()
             };
@@ -303,11 +339,35 @@ mod tests {
     use super::*;
 
     fn wanted(flags: &[&str]) -> Result<Wanted, Error> {
+        by(flags, true)
+    }
+
+    fn by(flags: &[&str], root: bool) -> Result<Wanted, Error> {
         let words = ["caisson", "run"].iter().chain(flags).chain(&["image"]);
         let matches = crate::arguments::command()
             .try_get_matches_from(words)
             .unwrap();
-        Wanted::of(matches.subcommand().unwrap().1)
+        Wanted::of_caller(matches.subcommand().unwrap().1, root)
+    }
+
+    #[test]
+    fn without_root_there_is_passt() {
+        for flags in [&[][..], &["--network", "passt", "-p", "8080:80"]] {
+            assert_eq!(by(flags, false).unwrap().mode, Mode::User);
+        }
+        assert_eq!(by(&["--net", "none"], false).unwrap().mode, Mode::None);
+        for (flags, word) in [
+            (&["--network", "bridge"][..], "need root"),
+            (&["--network", "mine"], "need root"),
+            (&["--network", "passt", "--network", "none"], "another"),
+            (&["--network-alias", "x"], "does not go with"),
+            (&["--network", "host"], "network stack of its own"),
+        ] {
+            let error = by(flags, false).unwrap_err().to_string();
+            assert!(error.contains(word), "{flags:?}: {error}");
+        }
+        let error = wanted(&["--network", "passt"]).unwrap_err().to_string();
+        assert!(error.contains("without root"), "{error}");
     }
 
     #[test]
