@@ -29,6 +29,7 @@ mod observability;
 mod oci;
 mod podman;
 mod registry;
+mod rootless;
 mod run_flags;
 mod run_network;
 mod run_resources;
