@@ -133,7 +133,7 @@ fn mounts_below_a_share_come_and_go() {
     mount("x", &point, "tmpfs", MountFlags::empty(), None).unwrap();
     fs::write(point.join("new"), "x").unwrap();
     let root = fs::File::open(&point).unwrap();
-    let mut add = |index, path| {
+    let add = |index, path| {
         let path = Path::new(path);
         fixture
             .server
