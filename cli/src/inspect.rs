@@ -38,10 +38,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             Err(error) => return Err(error),
         }
     }
-    println!(
-        "{}",
-        serde_json::to_string_pretty(&found).unwrap_or_default()
-    );
+    print_json(&found);
     Ok(code)
 }
 
@@ -52,22 +49,36 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
 pub fn images(matches: &ArgMatches) -> Result<u8, Error> {
     Format::of(matches)?;
     let images = Containers::open()?.images()?;
-    let mut found = Vec::new();
-    let mut code = 0;
-    for name in values(matches, "name") {
-        match images.get(name) {
-            Ok(image) => found.push(describe_image(&image)),
+    Ok(print(values(matches, "name"), |name| {
+        Ok(describe_image(&images.get(name)?))
+    }))
+}
+
+/// Prints the JSON array of what there is of these names, and on stderr what there is not, for which
+/// the exit status is 1.
+pub fn print<'a>(
+    names: impl IntoIterator<Item = &'a str>,
+    describe: impl Fn(&str) -> Result<Value, Error>,
+) -> u8 {
+    let (mut found, mut code) = (Vec::new(), 0);
+    for name in names {
+        match describe(name) {
+            Ok(description) => found.push(description),
             Err(error) => {
                 eprintln!("caisson: {error}");
                 code = 1;
             }
         }
     }
+    print_json(&found);
+    code
+}
+
+fn print_json(found: &[Value]) {
     println!(
         "{}",
-        serde_json::to_string_pretty(&found).unwrap_or_default()
+        serde_json::to_string_pretty(found).unwrap_or_default()
     );
-    Ok(code)
 }
 
 fn time(at: Option<SystemTime>) -> String {

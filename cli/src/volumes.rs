@@ -17,7 +17,7 @@ use crate::{
     arguments::{one, values},
     container::{Container, Containers, Request, Shared, VolumeName},
     error::Error,
-    images,
+    images, inspect,
     mounts::{self, Share, Source},
     ps,
 };
@@ -316,21 +316,9 @@ fn describe(volumes: &Volumes, volume: &Volume) -> Value {
 fn inspect(matches: &ArgMatches) -> Result<u8, Error> {
     Format::of(matches)?;
     let volumes = Volumes::of(&Containers::open()?.config);
-    let (mut found, mut code) = (Vec::new(), 0);
-    for name in values(matches, "volume") {
-        match volumes.get(name) {
-            Ok(volume) => found.push(describe(&volumes, &volume)),
-            Err(error) => {
-                eprintln!("caisson: {error}");
-                code = 1;
-            }
-        }
-    }
-    println!(
-        "{}",
-        serde_json::to_string_pretty(&found).unwrap_or_default()
-    );
-    Ok(code)
+    Ok(inspect::print(values(matches, "volume"), |name| {
+        Ok(describe(&volumes, &volumes.get(name)?))
+    }))
 }
 
 fn remove(matches: &ArgMatches) -> Result<u8, Error> {

@@ -19,7 +19,7 @@ use crate::{
     arguments::{one, values},
     container::{Container, Containers},
     error::Error,
-    images, options, ps,
+    images, inspect, options, ps,
 };
 
 /// Names that mean something else.
@@ -258,21 +258,9 @@ fn inspect(matches: &ArgMatches) -> Result<u8, Error> {
     Format::of(matches)?;
     let (_, networks) = open()?;
     let attached = Attachment::all(&networks)?;
-    let (mut found, mut code) = (Vec::new(), 0);
-    for name in values(matches, "network") {
-        match networks.get(name) {
-            Ok(network) => found.push(describe(&network, &attached)),
-            Err(error) => {
-                eprintln!("caisson: {error}");
-                code = 1;
-            }
-        }
-    }
-    println!(
-        "{}",
-        serde_json::to_string_pretty(&found).unwrap_or_default()
-    );
-    Ok(code)
+    Ok(inspect::print(values(matches, "network"), |name| {
+        Ok(describe(&networks.get(name)?, &attached))
+    }))
 }
 
 fn describe(network: &Network, attached: &[Attachment]) -> Value {
