@@ -31,7 +31,7 @@ mod vmm;
 mod vsock;
 
 pub use cgroup::parent_of as cgroup_parent;
-pub use config::{Config, ConfigError, ENTERED, Effective, Origin, Setting, user};
+pub use config::{Config, ConfigError, ENTERED, ETC, Effective, Origin, Setting, user};
 pub use deadline::scaled;
 pub use error::{AgentErrorKind, Error};
 pub use features::{CAPABILITIES, features};

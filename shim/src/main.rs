@@ -19,6 +19,7 @@ mod hooks;
 mod info;
 mod logger;
 mod metrics;
+mod options;
 mod pod;
 mod process;
 mod rootfs;

@@ -19,7 +19,7 @@ use containerd_shim_protos::{
 
 use crate::{
     error::Error,
-    metrics,
+    metrics, options,
     process::{Exit, Stage},
     stdio::Paths,
     tasks::{Creation, Tasks},
@@ -96,6 +96,7 @@ impl Task for Service {
             )
             .into());
         }
+        options::check(request.options.as_ref())?;
         let creation = Creation {
             id: request.id,
             bundle: request.bundle.into(),

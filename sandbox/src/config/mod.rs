@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use files::Layer;
-pub use place::{ENTERED, user};
+pub use place::{ENTERED, ETC, user};
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]

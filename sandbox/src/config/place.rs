@@ -16,7 +16,7 @@ use super::{ConfigError, files::Layer};
 pub const ENTERED: &str = "CAISSON_ROOTLESS_UID";
 
 /// Root's configuration.
-const ETC: &str = "/etc/caisson";
+pub const ETC: &str = "/etc/caisson";
 
 /// Most user ids that VMMs of one user run as.
 const MOST_UIDS: u32 = 4096;

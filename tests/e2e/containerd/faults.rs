@@ -165,6 +165,11 @@ fn requests_that_make_no_sense(version: Version) {
             vec!["--mount", "type=bind,src=/not/there,dst=/x,options=rbind"],
             vec!["/not/there"],
         ),
+        (
+            "options",
+            vec!["--runtime-config-path", "/etc/other.toml"],
+            vec!["ConfigPath", "/etc/other.toml"],
+        ),
     ] {
         let flags = [&flags[..], &["--rm"]].concat();
         daemon.run_with(&flags, id, &["true"]).expect_error(&words);
