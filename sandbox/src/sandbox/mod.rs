@@ -166,6 +166,16 @@ impl Sandbox {
         }
     }
 
+    /// Ends the tasks that follow what the host does to volumes.
+    fn follow_no_more(&self) {
+        let containers = self.containers.lock();
+        let mut containers = containers.unwrap_or_else(PoisonError::into_inner);
+        for holdings in containers.values_mut() {
+            holdings.followers.clear();
+            holdings.published.clear();
+        }
+    }
+
     /// Containers that are there.
     fn container_ids(&self) -> Vec<String> {
         let containers = self.containers.lock();
@@ -215,6 +225,7 @@ impl Sandbox {
         if let Some(network) = &self.network {
             network.lock().await.release_all().await;
         }
+        self.follow_no_more();
         // The server's destructor ends and reaps it.
         drop(self.shares.lock().await.take());
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
