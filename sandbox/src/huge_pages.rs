@@ -18,6 +18,7 @@ use oci_spec::runtime::{LinuxResources, Mount, Spec};
 
 use crate::{
     error::Error,
+    mount_table,
     spec::{host_binds, mounts_of_type},
 };
 
@@ -295,13 +296,8 @@ impl Volume {
                  directory instead, in whose place the guest gets one with huge pages of its own"
             )));
         }
-        let table = fs::read("/proc/self/mountinfo").map_err(failed())?;
-        let table = String::from_utf8_lossy(&table);
-        let (major, minor) = (
-            rustix::fs::major(about.dev()),
-            rustix::fs::minor(about.dev()),
-        );
-        let directory = place(&table, &format!("{major}:{minor}"), &path).ok_or_else(|| {
+        let place = mount_table::place(about.dev(), &path).map_err(failed())?;
+        let directory = place.ok_or_else(|| {
             Error::Invalid(format!(
                 "{shown} is on no hugetlbfs that this host has mounted"
             ))
@@ -349,41 +345,6 @@ impl Volume {
             ..Default::default()
         }
     }
-}
-
-/// Where `path` is beneath the root of the file system `device` ("major:minor"), by a table as
-/// proc_pid_mountinfo(5) has it.
-fn place(table: &str, device: &str, path: &Path) -> Option<PathBuf> {
-    let mounts = table.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(2);
-        let numbers = fields.next()?;
-        let (root, point) = (unescape(fields.next()?), unescape(fields.next()?));
-        let below = path.strip_prefix(&point).ok()?;
-        (numbers == device).then(|| (point.len(), Path::new(&root).join(below)))
-    });
-    // Of several on one point the last is on top.
-    let (_, place) = mounts.max_by_key(|(length, _)| *length)?;
-    let place: PathBuf = place.strip_prefix("/").ok()?.components().collect();
-    Some(place)
-}
-
-/// Octal escapes become what they stand for.
-fn unescape(field: &str) -> String {
-    let mut parts = field.split('\\');
-    let mut text = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let code = part
-            .get(..3)
-            .and_then(|code| u8::from_str_radix(code, 8).ok());
-        match code {
-            Some(code) => {
-                text.push(char::from(code));
-                text.push_str(&part[3..]);
-            }
-            None => text.push_str(part),
-        }
-    }
-    text
 }
 
 #[cfg(test)]
@@ -501,19 +462,6 @@ mod tests {
         assert_eq!(Pools::of([small].iter()).bytes(), 4 * MIB);
         let large = limited(r#"[{"pageSize":"1GB","limit":1073741824}]"#);
         assert_eq!(Pools::of([large].iter()).bytes(), 2 << 30);
-    }
-
-    #[test]
-    fn a_directory_has_its_place() {
-        let table = "22 1 8:1 / / rw - ext4 /dev/a rw\n\
-            23 22 0:5 / /srv/a\\040b rw - hugetlbfs x rw\n\
-            24 22 0:5 /in/side /srv/part rw - hugetlbfs x rw\n";
-        let at = |path: &str| place(table, "0:5", Path::new(path));
-        assert_eq!(at("/srv/a b").as_deref(), Some(Path::new("")));
-        assert_eq!(at("/srv/a b/c/d").as_deref(), Some(Path::new("c/d")));
-        assert_eq!(at("/srv/part").as_deref(), Some(Path::new("in/side")));
-        assert_eq!(at("/srv/part/x").as_deref(), Some(Path::new("in/side/x")));
-        assert_eq!(at("/srv"), None);
     }
 
     #[test]

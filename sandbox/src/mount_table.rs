@@ -29,17 +29,61 @@ pub fn below(directory: &Path) -> io::Result<Mounts> {
 }
 
 fn of_table(directory: &Path, table: &[u8]) -> Mounts {
-    let lines = table.split(|byte| *byte == b'\n');
-    lines
-        .filter_map(|line| {
-            let mut fields = line.split(|byte| *byte == b' ');
-            let id = str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-            let point = unescape(fields.nth(3)?);
-            let relative = Path::new(&point).strip_prefix(directory).ok()?;
+    lines(table)
+        .filter_map(|mount| {
+            let relative = mount.point.strip_prefix(directory).ok()?;
             let below = !relative.as_os_str().is_empty();
-            below.then(|| (relative.to_owned(), id))
+            below.then(|| (relative.to_owned(), mount.id))
         })
         .collect()
+}
+
+/// Where `path` is beneath the root of the file system with this device number, if that is mounted.
+/// Blocks.
+///
+/// # Errors
+/// The table cannot be read.
+pub fn place(device: u64, path: &Path) -> io::Result<Option<PathBuf>> {
+    let device = format!(
+        "{}:{}",
+        rustix::fs::major(device),
+        rustix::fs::minor(device)
+    );
+    Ok(place_in(&fs::read(TABLE)?, &device, path))
+}
+
+fn place_in(table: &[u8], device: &str, path: &Path) -> Option<PathBuf> {
+    let mounts = lines(table).filter(|mount| mount.device == device.as_bytes());
+    let places = mounts.filter_map(|mount| {
+        let below = path.strip_prefix(&mount.point).ok()?;
+        Some((mount.point.as_os_str().len(), mount.root.join(below)))
+    });
+    // Of several on one point the last is on top.
+    let (_, place) = places.max_by_key(|(length, _)| *length)?;
+    Some(place.strip_prefix("/").ok()?.components().collect())
+}
+
+struct Line<'a> {
+    id: u64,
+    /// "major:minor".
+    device: &'a [u8],
+    /// What of the file system is mounted.
+    root: PathBuf,
+    /// Where.
+    point: PathBuf,
+}
+
+fn lines(table: &[u8]) -> impl Iterator<Item = Line<'_>> {
+    let lines = table.split(|byte| *byte == b'\n');
+    lines.filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ');
+        Some(Line {
+            id: str::from_utf8(fields.next()?).ok()?.parse().ok()?,
+            device: fields.nth(1)?,
+            root: unescape(fields.next()?),
+            point: unescape(fields.next()?),
+        })
+    })
 }
 
 /// Space, tab, newline and backslash are octal numbers there.
@@ -126,6 +170,19 @@ mod tests {
         for other in ["/srv/a b/c", "/srv/othe", "/srv/other", "/home"] {
             assert_eq!(found(other), [], "{other}");
         }
+    }
+
+    #[test]
+    fn a_directory_has_its_place() {
+        let table = b"22 1 8:1 / / rw - ext4 /dev/a rw\n\
+            23 22 0:5 / /srv/a\\040b rw - hugetlbfs x rw\n\
+            24 22 0:5 /in/side /srv/part rw - hugetlbfs x rw\n";
+        let at = |path: &str| place_in(table, "0:5", Path::new(path));
+        assert_eq!(at("/srv/a b").as_deref(), Some(Path::new("")));
+        assert_eq!(at("/srv/a b/c/d").as_deref(), Some(Path::new("c/d")));
+        assert_eq!(at("/srv/part").as_deref(), Some(Path::new("in/side")));
+        assert_eq!(at("/srv/part/x").as_deref(), Some(Path::new("in/side/x")));
+        assert_eq!(at("/srv"), None);
     }
 
     #[test]
