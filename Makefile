@@ -56,7 +56,7 @@ e2e: build
 	tests/run --jobs 2
 
 soak: build
-	CAISSON_SOAK=$(SOAK) tests/run --filter containerd::pods::two::many_at_once
+	CAISSON_SOAK=$(SOAK) TESTBED_MEM=$${TESTBED_MEM:-8G} tests/run --filter containerd::pods::two::many_at_once
 
 # The network device wants root, for a tap.
 fuzz: setup $(FUZZ)
