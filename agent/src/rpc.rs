@@ -26,7 +26,7 @@ use ttrpc::r#async::{TtrpcContext, transport::Listener};
 use crate::{
     boot::Stages,
     cgroup,
-    container::{Created, Manager, published},
+    container::{Created, Manager, published, trim},
     device,
     failure::{During, Failure, Result},
     forward, huge_pages, oom, reaper, resources, sandbox,
@@ -60,6 +60,7 @@ pub async fn serve(mut stages: Stages) -> Result<()> {
     stages.reached("listening");
     let reaper = tokio::spawn(reaper::run(manager.clone()));
     let oom = tokio::spawn(oom::run(manager.clone()));
+    tokio::spawn(trim::run(manager.clone()));
     let stdio = tokio::spawn(streams.serve());
     let forward = tokio::spawn(forward::serve());
     let service = create_agent(Arc::new(Service {

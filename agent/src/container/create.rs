@@ -34,6 +34,10 @@ impl Manager {
             Failure::invalid(format!("malformed container specification: {error}"))
         })?;
         let rootfs = rootfs_of(request.rootfs.into_option())?;
+        let writable_layer = match &rootfs.upper {
+            Upper::Ext4(device) => Some(device.clone()),
+            _ => None,
+        };
         if self.table().containers.contains_key(&id) {
             return Err(Failure::new(
                 Kind::AlreadyExists,
@@ -94,6 +98,7 @@ impl Manager {
             oom_kills: 0,
             paused: false,
             deleting: false,
+            writable_layer,
         };
         let mut table = self.table();
         table.containers.insert(id.clone(), container);

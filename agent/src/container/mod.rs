@@ -21,6 +21,7 @@ mod rootfs;
 mod spawn;
 mod table;
 mod terminal;
+pub mod trim;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

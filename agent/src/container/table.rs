@@ -76,6 +76,8 @@ pub(super) struct Container {
     pub(super) oom_kills: u64,
     pub(super) paused: bool,
     pub(super) deleting: bool,
+    /// The block device of its writable layer, if that is a disk of ours.
+    pub(super) writable_layer: Option<String>,
 }
 
 pub(super) struct Process {
