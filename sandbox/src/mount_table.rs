@@ -10,13 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags};
 use tokio::io::unix::AsyncFd;
 
 const TABLE: &str = "/proc/self/mountinfo";
 
-/// Ids of the mounts below a directory by their paths relative to it; where several are on one
-/// another, of the last.
+/// Ids of the mounts that are seen below a directory, by their paths relative to it.
 pub type Mounts = BTreeMap<PathBuf, u64>;
 
 /// The mounts below the directory. Blocks.
@@ -25,17 +24,38 @@ pub type Mounts = BTreeMap<PathBuf, u64>;
 /// The directory cannot be found, the table not be read.
 pub fn below(directory: &Path) -> io::Result<Mounts> {
     let directory = directory.canonicalize()?;
-    Ok(of_table(&directory, &fs::read(TABLE)?))
+    let all = of_table(&directory, &fs::read(TABLE)?);
+    Ok(all
+        .into_iter()
+        .filter_map(|(path, ids)| {
+            // Only if it is one of those: another's path is not to be trusted, whoever may write to
+            // the directory can have put a link there.
+            let seen = root_at(&directory.join(&path)).filter(|id| ids.contains(id))?;
+            Some((path, seen))
+        })
+        .collect())
 }
 
-fn of_table(directory: &Path, table: &[u8]) -> Mounts {
-    lines(table)
-        .filter_map(|mount| {
-            let relative = mount.point.strip_prefix(directory).ok()?;
-            let below = !relative.as_os_str().is_empty();
-            below.then(|| (relative.to_owned(), mount.id))
-        })
-        .collect()
+/// Ids by path. There are several where mounts are on one another, or hidden below one that is on a
+/// directory above, in whatever order.
+fn of_table(directory: &Path, table: &[u8]) -> BTreeMap<PathBuf, Vec<u64>> {
+    let mut all: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for mount in lines(table) {
+        if let Ok(relative) = mount.point.strip_prefix(directory)
+            && !relative.as_os_str().is_empty()
+        {
+            all.entry(relative.to_owned()).or_default().push(mount.id);
+        }
+    }
+    all
+}
+
+/// Id of the mount whose root the path leads to.
+fn root_at(path: &Path) -> Option<u64> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    let found = rustix::fs::statx(CWD, path, flags, StatxFlags::MNT_ID).ok()?;
+    let is_root = found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
+    is_root.then_some(found.stx_mnt_id)
 }
 
 /// Where `path` is beneath the root of the file system with this device number, if that is mounted.
@@ -159,14 +179,17 @@ mod tests {
         let found = |path: &str| {
             let mounts = of_table(Path::new(path), table);
             let list = mounts.into_iter();
-            list.map(|(path, id)| (path.display().to_string(), id))
+            list.map(|(path, ids)| (path.display().to_string(), ids))
                 .collect::<Vec<_>>()
         };
         assert_eq!(
             found("/srv"),
-            [("a b/c".to_owned(), 23), ("other".to_owned(), 25)]
+            [
+                ("a b/c".to_owned(), vec![23]),
+                ("other".to_owned(), vec![24, 25])
+            ]
         );
-        assert_eq!(found("/srv/a b"), [("c".to_owned(), 23)]);
+        assert_eq!(found("/srv/a b"), [("c".to_owned(), vec![23])]);
         for other in ["/srv/a b/c", "/srv/othe", "/srv/other", "/home"] {
             assert_eq!(found(other), [], "{other}");
         }

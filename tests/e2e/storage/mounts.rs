@@ -22,6 +22,17 @@ impl HostMount {
         fs::write(at.join("within"), "").unwrap();
         Self(at)
     }
+
+    /// The directory on itself, shared as on hosts of systemd: what is mounted below it then is
+    /// mounted below both, and once of the two it is hidden.
+    fn of_itself(at: PathBuf) -> Self {
+        let path = at.to_str().unwrap();
+        Command::new(["mount", "--bind", path, path]).run().ok();
+        let shared = Command::new(["mount", "--make-rshared", path]).run();
+        let mount = Self(at);
+        shared.ok();
+        mount
+    }
 }
 
 impl Drop for HostMount {
@@ -57,6 +68,7 @@ fn mounts_within_a_volume_come_with_it() {
 fn later_mounts_of_the_host_come_and_go() {
     let host = Host::claim();
     let (directory, flag) = volume(&host);
+    let _itself = HostMount::of_itself(directory.clone());
     let early = HostMount::on(directory.join("early"));
     let image = host.scratch().join("disk");
     fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
