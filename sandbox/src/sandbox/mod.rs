@@ -10,6 +10,7 @@ mod process;
 mod propagation;
 mod publications;
 mod sizing;
+mod trouble;
 mod types;
 mod volumes;
 

@@ -9,14 +9,14 @@ use std::{
     collections::BTreeMap,
     os::fd::AsFd,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use caisson_fs::{MountBelow, ReadOnly, Share};
 use caisson_protocol::agent::Empty;
 use tokio::task::JoinHandle;
 
-use super::{Holdings, Sandbox, blocking};
+use super::{Holdings, Sandbox, blocking, trouble::Trouble};
 use crate::{
     agent::Agent,
     error::Error,
@@ -50,7 +50,7 @@ impl Sandbox {
         let shown = source.display().to_string();
         let changes =
             Changes::watch().map_err(Error::io(format!("watch the mounts below {shown}")))?;
-        let below = Below {
+        let below = Arc::new(Mutex::new(Below {
             shares,
             entry,
             source,
@@ -63,8 +63,8 @@ impl Sandbox {
                 ..share
             },
             mounted: BTreeMap::new(),
-        };
-        let (below, _) = bring(below).await?;
+        }));
+        bring(&below).await?;
         let task = tokio::spawn(follow(below, changes, self.agent.clone()));
         holdings.followers.push(Follower(task));
         Ok(())
@@ -136,26 +136,25 @@ impl Below {
     }
 }
 
-async fn bring(mut below: Below) -> Result<(Below, bool), Error> {
+/// True: some have gone.
+async fn bring(below: &Arc<Mutex<Below>>) -> Result<bool, Error> {
+    let below = below.clone();
     blocking(move || {
+        let mut below = below.lock().unwrap_or_else(PoisonError::into_inner);
         let shown = below.source.display().to_string();
-        let gone = below
+        below
             .bring()
-            .map_err(Error::io(format!("find the mounts below {shown}")))?;
-        Ok((below, gone))
+            .map_err(Error::io(format!("find the mounts below {shown}")))
     })
     .await
 }
 
-async fn follow(mut below: Below, mut changes: Changes, agent: Agent) {
-    while changes.next().await.is_ok() {
-        let gone;
-        (below, gone) = match bring(below).await {
-            Ok(brought) => brought,
-            Err(error) => return log::warn!("later mounts are not seen in the guest: {error}"),
-        };
+async fn follow(below: Arc<Mutex<Below>>, mut changes: Changes, agent: Agent) {
+    let mut trouble = Trouble::default();
+    while trouble.wait(changes.next()).await.unwrap_or(Ok(())).is_ok() {
+        let gone = bring(&below).await;
         // What the guest remembers of them keeps their file systems in use.
-        if gone {
+        if let Ok(true) = gone {
             let forgotten = agent.call("forget files", |client, context| async move {
                 client.forget_files(context, &Empty::default()).await
             });
@@ -163,5 +162,8 @@ async fn follow(mut below: Below, mut changes: Changes, agent: Agent) {
                 log::warn!("{error}");
             }
         }
+        trouble.note(gone.map(drop), |error| {
+            format!("later mounts are not seen in the guest for now: {error}")
+        });
     }
 }

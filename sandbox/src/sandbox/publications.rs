@@ -5,10 +5,13 @@ use std::{
     sync::atomic::Ordering,
 };
 
-use caisson_protocol::agent::{PublishedVolume, WithdrawVolumeRequest};
+use caisson_protocol::{
+    agent::{PublishedVolume, WithdrawVolumeRequest},
+    limits::MAX_PUBLISHED,
+};
 use tokio::task::JoinHandle;
 
-use super::{Holdings, Sandbox, blocking};
+use super::{Holdings, Sandbox, blocking, trouble::Trouble};
 use crate::{
     agent::Agent,
     error::Error,
@@ -109,29 +112,34 @@ impl Volume {
             .map(drop)
     }
 
-    /// Until the directory or the guest has gone.
+    /// Until the directory has gone.
     async fn follow(mut self, mut changes: Changes) {
-        while changes.next().await {
+        let mut trouble = Trouble::default();
+        while trouble.wait(changes.next()).await.unwrap_or(true) {
+            let brought = self.bring().await;
             let shown = self.directory.display();
-            match read(self.directory.clone()).await {
-                Ok(Some(contents)) if contents == self.contents => {}
-                Ok(Some(contents)) => {
-                    self.contents = contents;
-                    if let Err(error) = self.send().await {
-                        log::warn!("the guest's copy of {shown} is out of date: {error}");
-                        // The next look is to try again.
-                        self.contents.clear();
-                    }
-                }
-                Ok(None) => {
-                    return log::warn!(
-                        "{shown} is not published by a link any more: the guest keeps what it has of it"
-                    );
-                }
-                Err(error) => {
-                    return log::warn!("the guest keeps what it has of {shown}: {error}");
-                }
-            }
+            trouble.note(brought, |error| {
+                format!("the guest's copy of {shown} stays as it is for now: {error}")
+            });
         }
+    }
+
+    /// Brings the guest's copy to what the host has.
+    async fn bring(&mut self) -> Result<(), Error> {
+        let contents = read(self.directory.clone()).await?.ok_or_else(|| {
+            Error::Invalid(format!(
+                "it is not published by a link any more, or holds more than {MAX_PUBLISHED} bytes"
+            ))
+        })?;
+        if contents == self.contents {
+            return Ok(());
+        }
+        self.contents = contents;
+        let sent = self.send().await;
+        if sent.is_err() {
+            // Nobody knows what it has: the next time it is to be sent, whatever it is.
+            self.contents.clear();
+        }
+        sent
     }
 }
