@@ -7,7 +7,7 @@ use std::time::Instant;
 use caisson_tests::{Command, Host, seconds, until};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::volume;
+use super::{shim_log, volume};
 use crate::configuration::with_files;
 
 /// A small ext4 on a file of the host, mounted until this is dropped.
@@ -70,6 +70,53 @@ fn a_full_writable_layer_is_told_and_survived() {
         .expect_stdout("No space left on device\nfits\n");
 }
 
+/// The layer is sparse: the host may have no room for what its file system has. What is removed gives
+/// the host its room back.
+#[test]
+fn a_full_disk_below_a_writable_layer_is_told_and_survived() {
+    let host = Host::claim();
+    let disk = SmallDisk::mount(&host, 48);
+    let script = "dd if=/dev/zero of=/big bs=1M count=64 conv=fsync 2>&1 | grep -o \"Input/output error\"
+        echo alive >/dev/shm/x; cat /dev/shm/x; until [ -e /dev/shm/go ]; do sleep 0.2; done
+        rm /big; echo removed; until [ -e /dev/shm/room ]; do sleep 0.2; done
+        head -c 8388608 /dev/urandom >/dev/shm/noise; dd if=/dev/shm/noise of=/small bs=1M conv=fsync 2>/dev/null
+        mount -o remount,rw /proc/sys; echo 3 >/proc/sys/vm/drop_caches; cmp /dev/shm/noise /small && echo fits";
+    // In the place where writable layers are made, for this container alone.
+    let script = format!(
+        "mkdir -p /var/lib/caisson/uppers && mount --bind '{}' /var/lib/caisson/uppers &&
+         exec '{}' run --name one --network none --cap-add SYS_ADMIN {} sh -c '{script}'",
+        disk.0.display(),
+        host.program().display(),
+        host.busybox(),
+    );
+    let mut running = Command::new(["unshare", "-m", "sh", "-c", &script])
+        .within(120.0)
+        .start();
+    running.wait_for_stdout("Input/output error\nalive\n");
+    let free = || {
+        let found = rustix::fs::statvfs(&disk.0).unwrap();
+        found.f_bfree * found.f_frsize
+    };
+    assert!(free() < 4 << 20, "{} bytes are free", free());
+    let log = shim_log(&host, "one");
+    assert!(
+        log.lines().any(|line| line.contains("level=error")
+            && line.contains("block device \\\"upper")
+            && line.contains("No space left on device")
+            && line.contains("I/O error")),
+        "{log}"
+    );
+    host.caisson(["exec", "one", "touch", "/dev/shm/go"]).ok();
+    running.wait_for_stdout("removed");
+    let room = until(seconds(60.0), || (free() > 32 << 20).then_some(()));
+    assert!(room.is_some(), "{} bytes are free", free());
+    host.caisson(["exec", "one", "touch", "/dev/shm/room"]).ok();
+    running
+        .finish()
+        .expect_stdout("Input/output error\nalive\nremoved\nfits\n");
+    host.caisson(["rm", "one"]).ok();
+}
+
 #[test]
 fn a_killed_file_server_is_told_and_nobody_waits_for_it() {
     let host = Host::claim();
@@ -112,10 +159,7 @@ fn a_killed_file_server_is_told_and_nobody_waits_for_it() {
     host.caisson(["exec", "one", "sh", "-c", "echo fine >/root/x; cat /root/x"])
         .expect_stdout("fine\n");
     let id = host.inspect("one")["Id"].as_str().unwrap().to_owned();
-    let log = Path::new("/var/lib/caisson/containers")
-        .join(&id)
-        .join("bundle/log");
-    let log = fs::read_to_string(log).unwrap();
+    let log = shim_log(&host, "one");
     assert!(
         log.lines().any(|line| line.contains("level=error")
             && line.contains(&id)

@@ -1,7 +1,8 @@
 //! What programs rely on when they keep files on volumes: the programs themselves, the calls they
 //! make, the kinds of mounts, and disks and servers that fail.
 //!
-//! The counts are smaller than people have them, since the machine under test may be emulated.
+//! The counts are smaller than people have them, since the machine under test may be emulated;
+//! `make soak` has them as they are.
 
 mod calls;
 mod faults;
@@ -124,4 +125,13 @@ fn descriptors(host: &Host) -> usize {
     fs::read_dir(format!("/proc/{}/fd", servers[0]))
         .unwrap()
         .count()
+}
+
+/// What the container's shim has said so far.
+fn shim_log(host: &Host, name: &str) -> String {
+    let inspected = host.inspect(name);
+    let log = Path::new("/var/lib/caisson/containers")
+        .join(inspected["Id"].as_str().unwrap())
+        .join("bundle/log");
+    fs::read_to_string(log).unwrap()
 }

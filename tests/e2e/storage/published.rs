@@ -5,12 +5,12 @@ use std::{fs, os::unix::fs::symlink, path::Path};
 
 use caisson_tests::{Host, seconds, until};
 
-use super::{tools, volume};
+use super::{shim_log, tools, volume};
 
 /// Publishes the keys with the version as their contents; kubelet's order.
 fn publish(directory: &Path, version: usize, keys: &[&str]) {
     let name = format!("..version_{version}");
-    fs::create_dir(directory.join(&name)).unwrap();
+    fs::create_dir_all(directory.join(&name)).unwrap();
     for key in keys {
         fs::write(directory.join(&name).join(key), format!("{version}\n")).unwrap();
     }
@@ -97,6 +97,32 @@ fn a_copy_is_the_guests_own() {
     publish(&directory, 2, &["key"]);
     publish(&directory, 3, &["key"]);
     running.finish().expect_stdout("ready\nkey\n");
+}
+
+/// A version that cannot be copied (more than 3 MiB) is left out, and told, and the next one follows.
+#[test]
+fn a_version_that_is_too_large_is_left_out() {
+    let host = Host::claim();
+    let (directory, flag) = volume(&host);
+    publish(&directory, 1, &["key"]);
+    let script =
+        "echo ready; until [ \"$(cat /data/key)\" != 1 ]; do sleep 0.1; done; cat /data/key";
+    let read_only = format!("{flag}:ro");
+    let words = ["run", "--name", "one", "-v", &read_only, host.busybox()];
+    let words = words.into_iter().chain(["sh", "-c", script]);
+    let mut running = host.command(words).start();
+    running.wait_for_stdout("ready");
+    fs::create_dir(directory.join("..version_2")).unwrap();
+    fs::write(directory.join("..version_2/large"), vec![b'x'; 4 << 20]).unwrap();
+    publish(&directory, 2, &["key"]);
+    let told = until(seconds(10.0), || {
+        let log = shim_log(&host, "one");
+        log.contains("stays as it is for now").then_some(())
+    });
+    assert!(told.is_some(), "{}", shim_log(&host, "one"));
+    publish(&directory, 3, &["key"]);
+    running.finish().expect_stdout("ready\n3\n");
+    host.caisson(["rm", "one"]).ok();
 }
 
 /// One that the container may write to is a share.
