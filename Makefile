@@ -3,7 +3,8 @@
 #   make demo     build everything and run a container in a microVM
 #   make test     formatting, lints, unit tests, end-to-end tests
 #   make build    out/: a prefix tree to run from, or to copy to /usr/local (make install)
-#   make soak     50 pods at a time by containerd 2.x, 10 rounds (SOAK=PODSxROUNDS)
+#   make soak     50 pods at a time by containerd 2.x, 10 rounds (SOAK=PODSxROUNDS), and 50,000
+#                 files on a volume (SOAK_FILES)
 #   make fuzz     hostile guests and streams, FUZZ_SECONDS for each target (needs nightly Rust)
 #   make bench    measurements beside peers, into out/bench/
 #   make image    the image that installs Caisson on a cluster's nodes (deploy/)
@@ -17,6 +18,7 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 AGENT_TARGET := x86_64-unknown-linux-gnu
 CACHE := $(or $(CAISSON_CACHE),$(HOME)/.cache/caisson)
 SOAK ?= 50x10
+SOAK_FILES ?= 50000
 FUZZ_SECONDS ?= 60
 FUZZ_VERSION := 0.13.2
 FUZZ := $(CACHE)/cargo-fuzz-$(FUZZ_VERSION)/bin/cargo-fuzz
@@ -56,6 +58,7 @@ e2e: build
 	tests/run --jobs 2
 
 soak: build
+	CAISSON_SOAK_FILES=$(SOAK_FILES) tests/run --filter storage::calls::many_files
 	CAISSON_SOAK=$(SOAK) TESTBED_MEM=$${TESTBED_MEM:-8G} tests/run --filter containerd::pods::two::many_at_once
 
 # The network device wants root, for a tap.
