@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use caisson_tests::{Command, Host, seconds, until};
-use k8s_cri::v1::{Device, Mount};
+use k8s_cri::v1::{Device, Mount, MountPropagation};
 
 use super::client::{Cri, container};
 use crate::containerd::daemon::Version;
@@ -59,7 +59,8 @@ fn mount(source: &Path, target: &str) -> Mount {
     }
 }
 
-/// `readOnly` is of one mount; emptyDir in memory has its size; volumes of the mode `Block` are disks.
+/// `readOnly` is of one mount; emptyDir in memory has its size; later mounts of the host come where they
+/// are to; volumes of the mode `Block` are disks.
 #[test]
 fn volumes_of_all_modes() {
     let host = Host::claim();
@@ -82,6 +83,10 @@ fn volumes_of_all_modes() {
             ..mount(&directory, "/once")
         },
         mount(&limited.0, "/limited"),
+        Mount {
+            propagation: MountPropagation::PropagationHostToContainer.into(),
+            ..mount(&directory, "/later")
+        },
     ];
     app.devices = [("/dev/xvda", &node, "rwm"), ("/dev/xvdr", &other, "r")]
         .map(|(path, node, permissions)| Device {
@@ -98,6 +103,14 @@ fn volumes_of_all_modes() {
         "dd if=/dev/zero of=/limited/x bs=64k count=16 2>&1 | grep -o 'No space left on device'
         stat -c %s /limited/x";
     assert_eq!(cri.output(&app, fill), "No space left on device\n262144\n");
+
+    let late = Memory::mount(directory.join("late"), "size=1m");
+    fs::write(late.0.join("here"), "").unwrap();
+    let come = "until [ -e /later/late/here ]; do sleep 0.1; done; ls /later/late /once/late";
+    assert_eq!(
+        cri.output(&app, come),
+        "/later/late:\nhere\n\n/once/late:\n"
+    );
 
     let sum = Command::new(["md5sum", disk.to_str().unwrap()])
         .run()
@@ -131,5 +144,5 @@ fn volumes_of_all_modes() {
     cri.stop(&app, 0);
     cri.remove(&app);
     cri.remove_pod(&pod);
-    drop((below, limited, node, other));
+    drop((below, limited, late, node, other));
 }
