@@ -90,8 +90,13 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
                     Box::new(move |file| archive::unpack(file, &destination, attributes))
                 }
                 _ => Box::new(|file| {
-                    copy_output(file, &mut io::stdout().lock());
-                    Ok(())
+                    copy_output(file, &mut io::stdout().lock()).map_err(|source| {
+                        archive::Error::File {
+                            what: "write to",
+                            path: "standard output".into(),
+                            source,
+                        }
+                    })
                 }),
             };
             copy(name, &request, Side::Reads(work), source)

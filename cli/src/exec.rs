@@ -68,12 +68,31 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             .await?;
             return Ok(0);
         }
+        let (left, mut readers) = mpsc::channel(1);
+        let left_too = left.clone();
         let ends = Ends {
             stdin: interactive.then(|| Box::new(copy_stdin) as Work),
-            stdout: Box::new(|file| copy_output(file, &mut io::stdout().lock())),
-            stderr: Box::new(|file| copy_output(file, &mut io::stderr())),
+            stdout: Box::new(move |file| {
+                if copy_output(file, &mut io::stdout().lock()).is_err() {
+                    let _ = left.try_send(());
+                }
+            }),
+            stderr: Box::new(move |file| {
+                if copy_output(file, &mut io::stderr()).is_err() {
+                    let _ = left_too.try_send(());
+                }
+            }),
         };
-        exec.attached(&process, ends).await
+        let run = exec.attached(&process, ends);
+        tokio::pin!(run);
+        tokio::select! {
+            status = &mut run => status,
+            Some(()) = readers.recv() => {
+                // As in a pipeline: who writes to a reader that has left ends.
+                exec.kill().await;
+                run.await
+            }
+        }
     });
     result.map_err(|error| match error {
         Error::Shim {
@@ -336,18 +355,16 @@ fn open_output(path: &Option<PathBuf>) -> Result<Option<File>, Error> {
     .map_err(|error| Error::file("open the FIFO", path)(io::Error::from(error)))
 }
 
-/// Passes a program's output on until it ends or nobody wants it.
-pub fn copy_output(mut file: File, to: &mut impl Write) {
+/// Passes a program's output on until it ends.
+///
+/// # Errors
+/// Nobody wants it.
+pub fn copy_output(mut file: File, to: &mut impl Write) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     while let Ok(length @ 1..) = file.read(&mut buffer) {
-        if to
-            .write_all(&buffer[..length])
-            .and_then(|()| to.flush())
-            .is_err()
-        {
-            return;
-        }
+        to.write_all(&buffer[..length]).and_then(|()| to.flush())?;
     }
+    Ok(())
 }
 
 /// Passes standard input on until it ends or the program does not want it.

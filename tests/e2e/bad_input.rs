@@ -280,6 +280,34 @@ fn a_reader_that_leaves_does_not_block_the_end() {
     running.wait_for_stdout("y");
     let finished = running.finish().ok();
     assert_eq!(finished.stdout(), "y\n");
+    // So with programs and copies of one that runs.
+    host.caisson([
+        "run",
+        "-d",
+        "--name",
+        "one",
+        host.busybox(),
+        "sleep",
+        "1000",
+    ])
+    .ok();
+    let of = |words: &str| {
+        let program = host.program();
+        let script = format!("'{}' {words}; echo code $? >&2", program.display());
+        Command::new(["sh", "-c", &format!("({script}) | head -c 2")]).run()
+    };
+    let finished = of("exec one yes").expect_stdout("y\n");
+    assert!(finished.stderr().ends_with("code 137\n"), "{finished}");
+    let finished = of("cp one:/bin/busybox -").ok();
+    let said = finished.stderr();
+    assert!(
+        said.contains("standard output") && said.ends_with("code 1\n"),
+        "{finished}"
+    );
+    // Nothing of them runs on.
+    let left = host.caisson(["exec", "one", "ps"]).ok().stdout();
+    assert!(!left.contains("yes"), "{left}");
+    host.caisson(["rm", "-f", "one"]).ok();
 }
 
 #[test]

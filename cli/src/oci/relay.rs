@@ -9,7 +9,11 @@ use std::{
 };
 
 use caisson_sandbox::scaled;
-use rustix::fs::{FileType, Mode, OFlags, makedev};
+use rustix::{
+    fs::{FileType, Mode, OFlags, makedev},
+    process::Signal,
+};
+use tokio::sync::oneshot;
 
 use crate::{
     error::Error,
@@ -18,6 +22,9 @@ use crate::{
 
 /// Bytes copied at a time.
 const CHUNK: usize = 32 * 1024;
+
+/// What the kernel sends to who writes to a pipe without a reader (signal(7)).
+const SIGPIPE: u32 = Signal::PIPE.as_raw().unsigned_abs();
 
 /// Longest that what a process has written waits for a reader, once it has ended.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -119,13 +126,21 @@ impl Relay {
         let count = self.outputs.len();
         for (fifo, to) in self.outputs {
             let done = done.clone();
+            let (left, reader) = oneshot::channel();
             spawn("output", move || {
-                copy_output(fifo, to);
+                copy_output(fifo, to, left);
                 let _ = done.send(());
             })?;
+            let (shim, id, exec) = (shim.clone(), id.to_owned(), exec.to_owned());
+            tokio::spawn(async move {
+                if reader.await.is_ok() {
+                    // It may have ended by itself.
+                    let _ = shim.kill(&id, &exec, SIGPIPE, false).await;
+                }
+            });
         }
         if let (Some(from), Some(fifo)) = (self.stdin, self.streams.stdin) {
-            let (ended, end) = tokio::sync::oneshot::channel();
+            let (ended, end) = oneshot::channel();
             spawn("stdin", move || {
                 copy_input(from, &fifo);
                 let _ = ended.send(());
@@ -181,19 +196,25 @@ fn open_reader(path: &Path) -> Result<File, Error> {
     .map_err(|error| Error::file("open the FIFO", path)(io::Error::from(error)))
 }
 
-fn copy_output(mut fifo: File, mut to: File) {
+/// Tells `left` when the caller's reader has left. The rest is read nevertheless: a process that ignores
+/// SIGPIPE goes on, too.
+fn copy_output(mut fifo: File, to: File, left: oneshot::Sender<()>) {
     // From here on the shim holds the writing end, so reading waits for data or the end.
     if rustix::io::ioctl_fionbio(&fifo, false).is_err() {
         return;
     }
+    let mut reader = Some((to, left));
     let mut buffer = vec![0; CHUNK];
     loop {
         match fifo.read(&mut buffer) {
             Ok(length @ 1..) => {
                 let bytes = buffer.get(..length).unwrap_or_default();
-                if write_all(&mut to, bytes).is_err() {
-                    // As in a pipeline, whose writer is told when the reader has left.
-                    return;
+                if let Some((mut to, left)) = reader.take() {
+                    if write_all(&mut to, bytes).is_err() {
+                        let _ = left.send(());
+                    } else {
+                        reader = Some((to, left));
+                    }
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -273,7 +294,9 @@ mod tests {
         rustix::io::ioctl_fionbio(&writer, true).unwrap();
         let to = File::from(OwnedFd::from(writer));
         let (fifo, mut from) = io::pipe().unwrap();
-        let copy = std::thread::spawn(move || copy_output(File::from(OwnedFd::from(fifo)), to));
+        let (left, mut reader_left) = oneshot::channel();
+        let copy =
+            std::thread::spawn(move || copy_output(File::from(OwnedFd::from(fifo)), to, left));
         let sent = vec![7; 1 << 20];
         let expected = sent.clone();
         let write = std::thread::spawn(move || from.write_all(&sent).unwrap());
@@ -282,5 +305,26 @@ mod tests {
         assert_eq!(received, expected);
         write.join().unwrap();
         copy.join().unwrap();
+        assert!(reader_left.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_reader_that_leaves_is_told_and_holds_nobody_up() {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let (fifo, mut from) = io::pipe().unwrap();
+        let (left, mut reader_left) = oneshot::channel();
+        let copy = std::thread::spawn(move || {
+            copy_output(
+                File::from(OwnedFd::from(fifo)),
+                File::from(OwnedFd::from(writer)),
+                left,
+            );
+        });
+        // More than a pipe holds.
+        from.write_all(&[7; 1 << 20]).unwrap();
+        drop(from);
+        copy.join().unwrap();
+        assert_eq!(reader_left.try_recv(), Ok(()));
     }
 }
