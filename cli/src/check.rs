@@ -7,7 +7,7 @@ use caisson_sandbox::Config;
 use clap::ArgMatches;
 use serde_json::json;
 
-use crate::{Format, error::Error, network, rootless};
+use crate::{Format, error::Error, network, output::say, rootless};
 
 /// Time for measuring the speed of a guest.
 const SPEED: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     checks.extend(rootless::checks());
     let able = checks.iter().all(|check| check.status != Status::Failed);
     if format == Format::Json {
-        println!(
+        say!(
             "{}",
             json!({ "ok": able, "mips": report.mips, "checks": checks })
         );
@@ -38,12 +38,12 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
                 Status::Warning => "warning ",
                 Status::Failed => "FAILED  ",
             };
-            println!("{mark} {}", check.text);
+            say!("{mark} {}", check.text);
             if let Some(advice) = &check.advice {
-                println!("         {advice}");
+                say!("         {advice}");
             }
         }
-        println!(
+        say!(
             "{}",
             if able {
                 "This host can run microVMs."

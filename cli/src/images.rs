@@ -14,7 +14,9 @@ use crate::{
     arguments::{one, values},
     container::Containers,
     error::Error,
-    inspect, ps, pull, save,
+    inspect,
+    output::say,
+    ps, pull, save,
 };
 
 /// Runs `image VERB`.
@@ -69,16 +71,16 @@ fn prune(matches: &ArgMatches) -> Result<u8, Error> {
     }
     let pruned = Containers::open()?.images()?.prune(which)?;
     if !pruned.deleted.is_empty() {
-        println!("Deleted Images:");
+        say!("Deleted Images:");
         for reference in &pruned.untagged {
-            println!("untagged: {}", reference.familiar());
+            say!("untagged: {}", reference.familiar());
         }
         for id in &pruned.deleted {
-            println!("deleted: {id}");
+            say!("deleted: {id}");
         }
-        println!();
+        say!("");
     }
-    println!("Total reclaimed space: {}", bytes(pruned.freed));
+    say!("Total reclaimed space: {}", bytes(pruned.freed));
     Ok(0)
 }
 
@@ -87,10 +89,13 @@ fn prune(matches: &ArgMatches) -> Result<u8, Error> {
 /// # Errors
 /// Nobody can be asked.
 pub fn confirm(what: &str) -> Result<bool, Error> {
-    print!("WARNING! This will remove {what}.\nAre you sure you want to continue? [y/N] ");
-    io::stdout()
-        .flush()
-        .map_err(Error::io("write to the standard output"))?;
+    let mut stdout = io::stdout();
+    write!(
+        stdout,
+        "WARNING! This will remove {what}.\nAre you sure you want to continue? [y/N] "
+    )
+    .and_then(|()| stdout.flush())
+    .map_err(Error::io("write to the standard output"))?;
     let mut answer = String::new();
     io::stdin()
         .read_line(&mut answer)
@@ -119,7 +124,7 @@ pub fn load(matches: &ArgMatches) -> Result<u8, Error> {
     };
     for image in store.load(source, None)? {
         if !matches.get_flag("quiet") {
-            println!("Loaded image: {}", image.display_name());
+            say!("Loaded image: {}", image.display_name());
         }
     }
     Ok(0)
@@ -167,7 +172,7 @@ pub fn list(matches: &ArgMatches) -> Result<u8, Error> {
     for image in &images {
         let id = id(&image.id);
         if quiet {
-            println!("{id}");
+            say!("{id}");
             continue;
         }
         for (repository, tag) in names(&image.references) {
@@ -177,7 +182,7 @@ pub fn list(matches: &ArgMatches) -> Result<u8, Error> {
             );
             let size = bytes(image.size);
             if format == Format::Json {
-                println!(
+                say!(
                     "{}",
                     json!({ "Repository": repository, "Tag": tag, "ID": id, "CreatedSince": created, "Size": size, "CreatedAt": image.created.map(|at| humantime::format_rfc3339_seconds(at).to_string()) })
                 );
@@ -221,10 +226,10 @@ pub fn remove(matches: &ArgMatches) -> Result<u8, Error> {
         match store.remove(name, matches.get_flag("force")) {
             Ok(removed) => {
                 for reference in removed.untagged {
-                    println!("Untagged: {}", reference.familiar());
+                    say!("Untagged: {}", reference.familiar());
                 }
                 for id in removed.deleted {
-                    println!("Deleted: {id}");
+                    say!("Deleted: {id}");
                 }
             }
             Err(error) => {

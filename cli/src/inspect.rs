@@ -12,6 +12,7 @@ use crate::{
     container::{Container, Containers, Status},
     error::Error,
     network::{self, Attachment, Endpoint, Mode, Port},
+    output::say,
 };
 
 /// Runs the verb: a JSON array of what was found; names that were not are told on stderr.
@@ -75,7 +76,7 @@ pub fn print<'a>(
 }
 
 fn print_json(found: &[Value]) {
-    println!(
+    say!(
         "{}",
         serde_json::to_string_pretty(found).unwrap_or_default()
     );

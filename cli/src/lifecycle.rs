@@ -14,6 +14,7 @@ use crate::{
     container::{Container, Containers, Status},
     error::{Error, ShimCode},
     options,
+    output::say,
     shim::Shim,
     volumes,
 };
@@ -34,7 +35,7 @@ fn each(
     let mut code = 0;
     for name in values(matches, "container") {
         match work(&containers, name) {
-            Ok(()) if print => println!("{name}"),
+            Ok(()) if print => say!("{name}"),
             Ok(()) => {}
             Err(error) => {
                 eprintln!("caisson: {error}");
@@ -183,7 +184,7 @@ pub fn wait(matches: &ArgMatches) -> Result<u8, Error> {
         } else {
             container.state.exit_code
         };
-        println!("{code}");
+        say!("{code}");
         Ok(())
     })
 }

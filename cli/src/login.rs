@@ -7,7 +7,7 @@ use caisson_rootfs_builder::Reference;
 use caisson_sandbox::Config;
 use clap::ArgMatches;
 
-use crate::{arguments::one, error::Error, pull, terminal::NoEcho};
+use crate::{arguments::one, error::Error, output::say, pull, terminal::NoEcho};
 
 /// docker's default.
 const DEFAULT: &str = "docker.io";
@@ -59,7 +59,7 @@ pub fn log_in(matches: &ArgMatches) -> Result<u8, Error> {
             path.display()
         );
     }
-    println!("Login Succeeded");
+    say!("Login Succeeded");
     Ok(0)
 }
 
@@ -72,9 +72,9 @@ pub fn log_out(matches: &ArgMatches) -> Result<u8, Error> {
     let mut file = DockerConfig::read(&DockerConfig::locate())?;
     let server = caisson_registry::server_name(&registry);
     if file.erase(&registry)? {
-        println!("Removing login credentials for {server}");
+        say!("Removing login credentials for {server}");
     } else {
-        println!("Not logged in to {server}");
+        say!("Not logged in to {server}");
     }
     Ok(0)
 }

@@ -1,5 +1,7 @@
 //! `caisson`: containers in microVMs, by docker's verbs and, for other programs, as an OCI runtime.
 #![deny(unsafe_code)]
+// Panics when it cannot: see `output`.
+#![deny(clippy::print_stdout)]
 
 mod arguments;
 mod attach;
@@ -22,6 +24,7 @@ mod mounts;
 mod network;
 mod oci;
 mod options;
+mod output;
 mod ps;
 mod pull;
 mod rootless;
@@ -57,7 +60,8 @@ fn main() -> ExitCode {
     let of_run = verb == "run";
     let done = rootless::enter(verb)
         .map_err(Error::from)
-        .and_then(|()| dispatch(verb, matches));
+        .and_then(|()| dispatch(verb, matches))
+        .and_then(|code| output::result().map(|()| code));
     match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {

@@ -20,6 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::{
     arguments::one,
     error::Error,
+    output::say,
     sandboxes::{self, Told},
 };
 
@@ -38,7 +39,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     let address = one(matches, "listen").map(parse_address).transpose()?;
     crate::event_loop()?.block_on(async {
         match address {
-            None => print!("{}", text_of(sandboxes::ask(&config).await?)?),
+            None => say!("{}", text_of(sandboxes::ask(&config).await?)?.trim_end()),
             Some(address) => serve(config, address).await?,
         }
         Ok(0)
@@ -60,7 +61,7 @@ async fn serve(config: Config, address: SocketAddr) -> Result<(), Error> {
     let bound = listener
         .local_addr()
         .map_err(Error::io("look at the socket"))?;
-    println!("serving http://{bound}/metrics");
+    say!("serving http://{bound}/metrics");
     let places = std::sync::Arc::new(tokio::sync::Semaphore::new(MAX_CONNECTIONS));
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
         .map_err(Error::io("watch for SIGTERM"))?;

@@ -11,6 +11,7 @@ use crate::{
     error::Error,
     inspect::network_mode,
     network::{Attachment, Mode},
+    output::say,
     sandboxes,
 };
 
@@ -33,13 +34,13 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     containers.retain(|container| all || container.state.status == Status::Running);
     if quiet {
         for container in &containers {
-            println!("{}", id(container, whole));
+            say!("{}", id(container, whole));
         }
         return Ok(0);
     }
     if format == Format::Json {
         for container in &containers {
-            println!(
+            say!(
                 "{}",
                 json!({
                     "ID": id(container, whole),
@@ -167,7 +168,7 @@ pub fn print_table<const N: usize>(rows: &[[String; N]]) {
             .zip(widths)
             .map(|(cell, width)| format!("{cell:<width$}"))
             .collect();
-        println!("{}", cells.join("   ").trim_end());
+        say!("{}", cells.join("   ").trim_end());
     }
 }
 

@@ -10,7 +10,7 @@ use caisson_rootfs_builder::{Image, PLATFORM, Reference};
 use caisson_sandbox::{Config, scaled};
 use clap::ArgMatches;
 
-use crate::{arguments::one, container::Containers, error::Error};
+use crate::{arguments::one, container::Containers, error::Error, output::say};
 use progress::{Lines, Report, Silent};
 
 /// When `run` pulls its image.
@@ -94,7 +94,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             io::stdout(),
         )?;
     }
-    println!("{reference}");
+    say!("{reference}");
     Ok(0)
 }
 

@@ -21,6 +21,7 @@ use crate::{
     mounts::{self, Mount, Share, Tmpfs},
     network::{self, Mode, Wanted},
     options,
+    output::say,
     pull::{self, Policy},
     spec, terminal,
     volumes::{self, Volumes},
@@ -106,7 +107,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
         .wait_for_start()
         .inspect_err(|_| clean_up(&containers, &container))?;
     if detach {
-        println!("{}", container.id);
+        say!("{}", container.id);
         return Ok(0);
     }
     client.attach(interactive, tty && interactive)

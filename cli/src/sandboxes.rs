@@ -9,7 +9,7 @@ use caisson_sandbox::{Config, figures, figures::Figures, scaled, socket};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 
-use crate::{Format, error::Error, ps};
+use crate::{Format, error::Error, output::say, ps};
 
 /// For all sandboxes to answer: they are asked at the same time.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -59,7 +59,7 @@ pub fn list(format: Format) -> Result<u8, Error> {
     let told = crate::event_loop()?.block_on(ask(&config))?;
     if format == Format::Json {
         for (name, figures) in &told {
-            println!("{}", document(name, figures.as_ref()));
+            say!("{}", document(name, figures.as_ref()));
         }
         return Ok(0);
     }

@@ -4,7 +4,7 @@ use caisson_sandbox::Config;
 use clap::ArgMatches;
 use serde_json::json;
 
-use crate::{Format, error::Error};
+use crate::{Format, error::Error, output::say};
 
 /// Runs the verb.
 ///
@@ -14,7 +14,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     let version = env!("CARGO_PKG_VERSION");
     let config = Config::load(None)?;
     if Format::of(matches)? == Format::Json {
-        println!(
+        say!(
             "{}",
             json!({
                 "Version": version,
@@ -26,10 +26,10 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             })
         );
     } else {
-        println!("caisson {version}");
-        println!("guest kernel: {}", config.kernel.display());
-        println!("guest image:  {}", config.guest_image.display());
-        println!("VMM:          {}", config.vmm.display());
+        say!("caisson {version}");
+        say!("guest kernel: {}", config.kernel.display());
+        say!("guest image:  {}", config.guest_image.display());
+        say!("VMM:          {}", config.vmm.display());
     }
     Ok(0)
 }

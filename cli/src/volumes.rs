@@ -19,6 +19,7 @@ use crate::{
     error::Error,
     images, inspect,
     mounts::{self, Share, Source},
+    output::say,
     ps,
 };
 
@@ -277,7 +278,7 @@ fn create(matches: &ArgMatches) -> Result<u8, Error> {
     };
     let containers = Containers::open()?;
     let _lock = containers.lock()?;
-    println!("{}", Volumes::of(&containers.config).create(&volume)?.name);
+    say!("{}", Volumes::of(&containers.config).create(&volume)?.name);
     Ok(0)
 }
 
@@ -288,9 +289,9 @@ fn list(matches: &ArgMatches) -> Result<u8, Error> {
     let mut rows = vec![["DRIVER", "VOLUME NAME"].map(str::to_owned)];
     for volume in volumes.all()? {
         if matches.get_flag("quiet") {
-            println!("{}", volume.name);
+            say!("{}", volume.name);
         } else if format == Format::Json {
-            println!("{}", describe(&volumes, &volume));
+            say!("{}", describe(&volumes, &volume));
         } else {
             rows.push(["local".to_owned(), volume.name]);
         }
@@ -339,7 +340,7 @@ fn remove(matches: &ArgMatches) -> Result<u8, Error> {
     let mut code = 0;
     for name in values(matches, "volume") {
         match one(name) {
-            Ok(_) => println!("{name}"),
+            Ok(_) => say!("{name}"),
             // As docker: -f is content when there is nothing.
             Err(Error::NoSuchVolume(_)) if matches.get_flag("force") => {}
             Err(error) => {
@@ -373,9 +374,9 @@ fn prune(matches: &ArgMatches) -> Result<u8, Error> {
         }
     }
     if !deleted.is_empty() {
-        println!("Deleted Volumes:\n{}\n", deleted.join("\n"));
+        say!("Deleted Volumes:\n{}\n", deleted.join("\n"));
     }
-    println!("Total reclaimed space: {}", images::bytes(freed));
+    say!("Total reclaimed space: {}", images::bytes(freed));
     Ok(0)
 }
 

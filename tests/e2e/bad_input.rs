@@ -304,6 +304,18 @@ fn a_reader_that_leaves_does_not_block_the_end() {
         said.contains("standard output") && said.ends_with("code 1\n"),
         "{finished}"
     );
+    // And with what verbs print.
+    let gone = format!(
+        "(sleep 1; '{}' version; echo code $? >&2) | true",
+        host.program().display()
+    );
+    let finished = Command::new(["sh", "-c", &gone]).run().ok();
+    assert_eq!(finished.stderr(), "code 0\n");
+    let full = format!("'{}' images >/dev/full", host.program().display());
+    Command::new(["sh", "-c", &full])
+        .run()
+        .expect_error(&["standard output", "No space left"])
+        .expect_code(1);
     // Nothing of them runs on.
     let left = host.caisson(["exec", "one", "ps"]).ok().stdout();
     assert!(!left.contains("yes"), "{left}");

@@ -19,7 +19,9 @@ use crate::{
     arguments::{one, values},
     container::{Container, Containers},
     error::Error,
-    images, inspect, options, ps,
+    images, inspect, options,
+    output::say,
+    ps,
 };
 
 /// Names that mean something else.
@@ -75,7 +77,7 @@ fn create(matches: &ArgMatches) -> Result<u8, Error> {
     let draft = draft(matches)?;
     let (_, networks) = open()?;
     let _lock = networks.lock()?;
-    println!("{}", networks.create(draft)?.id);
+    say!("{}", networks.create(draft)?.id);
     Ok(0)
 }
 
@@ -224,14 +226,14 @@ fn list(matches: &ArgMatches) -> Result<u8, Error> {
             .map(|subnet| subnet.subnet.to_string())
             .collect();
         if matches.get_flag("quiet") {
-            println!("{id}");
+            say!("{id}");
         } else if format == Format::Json {
             let labels: Vec<String> = network
                 .labels
                 .iter()
                 .map(|(key, value)| format!("{key}={value}"))
                 .collect();
-            println!(
+            say!(
                 "{}",
                 json!({
                     "ID": id,
@@ -369,7 +371,7 @@ fn remove(matches: &ArgMatches) -> Result<u8, Error> {
     let mut code = 0;
     for name in values(matches, "network") {
         match one(name) {
-            Ok(()) => println!("{name}"),
+            Ok(()) => say!("{name}"),
             // As docker: -f is content when there is nothing.
             Err(Error::NoSuchNetwork(_)) if matches.get_flag("force") => {}
             Err(error) => {
@@ -399,7 +401,7 @@ fn prune(matches: &ArgMatches) -> Result<u8, Error> {
         }
     }
     if !deleted.is_empty() {
-        println!("Deleted Networks:\n{}", deleted.join("\n"));
+        say!("Deleted Networks:\n{}", deleted.join("\n"));
     }
     Ok(0)
 }
@@ -414,7 +416,7 @@ pub fn port(matches: &ArgMatches) -> Result<u8, Error> {
     let published = published(&containers.config, &container.id);
     let Some(wanted) = one(matches, "port") else {
         for (inner, outer) in published {
-            println!("{inner} -> {outer}");
+            say!("{inner} -> {outer}");
         }
         return Ok(0);
     };
@@ -435,7 +437,7 @@ pub fn port(matches: &ArgMatches) -> Result<u8, Error> {
         )));
     }
     for (_, outer) in found {
-        println!("{outer}");
+        say!("{outer}");
     }
     Ok(0)
 }
