@@ -23,7 +23,10 @@ use caisson_vmm_api::{Call, Channel, ChannelError, Event, ExitReason, Message, R
 use rustix::thread::UnshareFlags;
 use tokio::sync::{oneshot, watch};
 
-use crate::{deadline::scaled, error::Error};
+use crate::{
+    deadline::{self, scaled},
+    error::Error,
+};
 
 /// Longest that the VMM may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -135,6 +138,7 @@ impl Vmm {
             .arg(theirs.as_fd().as_raw_fd().to_string())
             .args(["--uid", &uid.to_string(), "--gid", &uid.to_string()])
             .env_clear()
+            .envs(deadline::variable())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr_writer);

@@ -18,10 +18,13 @@ use std::{path::PathBuf, process::ExitCode};
 
 use libtest_mimic::{Arguments, Trial};
 
+const SCALE: &str = "CAISSON_TIMEOUT_SCALE";
+
 fn main() -> ExitCode {
     let program = PathBuf::from(std::env::args_os().next().unwrap_or_default());
     let name = program.file_name().unwrap_or_default().to_string_lossy();
     if let Some(behaviour) = name.strip_prefix("vmm-") {
+        assert_eq!(std::env::var(SCALE).as_deref(), Ok("0.1"), "the VMM's own");
         vmm::run(behaviour, program.parent().unwrap());
     }
     if let Some(behaviour) = name.strip_prefix("fs-") {
@@ -29,7 +32,7 @@ fn main() -> ExitCode {
     }
     // A tenth of the deadlines of bare metal is still long for fakes.
     // SAFETY: no other thread runs yet.
-    unsafe { std::env::set_var("CAISSON_TIMEOUT_SCALE", "0.1") };
+    unsafe { std::env::set_var(SCALE, "0.1") };
     let mut trials = start::trials();
     trials.extend(shares::trials());
     trials.extend(sizing::trials());
