@@ -10,12 +10,12 @@ use caisson_protocol::{
     VERSION,
     agent::{
         BindDeviceRequest, BindDeviceResponse, ConfigureSandboxRequest, ConfigureSandboxResponse,
-        CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty, HelloRequest,
-        HelloResponse, ListProcessesResponse, Network, NextEventsRequest, NextEventsResponse,
-        OnlineResourcesRequest, OnlineResourcesResponse, ProcessExit, ProcessId, PublishedVolume,
-        ResizePtyRequest, SetHugePagesRequest, ShutdownRequest, SignalRequest,
-        StartProcessResponse, StateResponse, StatsRequest, StatsResponse, UnbindDeviceRequest,
-        UpdateContainerRequest, WithdrawVolumeRequest,
+        CreateContainerRequest, CreateExecRequest, CreateProcessResponse, Empty,
+        ForgetFilesRequest, HelloRequest, HelloResponse, ListProcessesResponse, Network,
+        NextEventsRequest, NextEventsResponse, OnlineResourcesRequest, OnlineResourcesResponse,
+        ProcessExit, ProcessId, PublishedVolume, ResizePtyRequest, SetHugePagesRequest,
+        ShutdownRequest, SignalRequest, StartProcessResponse, StateResponse, StatsRequest,
+        StatsResponse, UnbindDeviceRequest, UpdateContainerRequest, WithdrawVolumeRequest,
     },
     agent_ttrpc::{Agent, create_agent},
     ports,
@@ -191,8 +191,11 @@ impl Agent for Service {
         Ok(Empty::default())
     }
 
-    async fn forget_files(&self, _: &TtrpcContext, _: Empty) -> Reply<Empty> {
-        sandbox::forget_files()?;
+    async fn forget_files(&self, _: &TtrpcContext, request: ForgetFilesRequest) -> Reply<Empty> {
+        // The file server is asked meanwhile.
+        tokio::task::spawn_blocking(move || sandbox::forget_files(&request.entries))
+            .await
+            .map_err(|error| Failure::internal(format!("cannot forget files: {error}")))??;
         Ok(Empty::default())
     }
 

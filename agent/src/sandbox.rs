@@ -108,12 +108,20 @@ impl Names {
     }
 }
 
-/// Drops clean pages, and then the inodes that they kept (Documentation/admin-guide/sysctl/vm.rst).
+/// Drops what nobody uses of these entries of the share, which have gone; without any, of everything.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn forget_files() -> Result<()> {
-    fs::write("/proc/sys/vm/drop_caches", "3").during(|| "drop the caches".to_owned())
+pub fn forget_files(entries: &[String]) -> Result<()> {
+    if entries.is_empty() {
+        // Clean pages, and then the inodes that they kept (Linux: admin-guide/sysctl/vm.rst).
+        return fs::write("/proc/sys/vm/drop_caches", "3").during(|| "drop the caches".to_owned());
+    }
+    for entry in entries {
+        // The kernel asks for it anew, hears that it has gone, and forgets what is below it.
+        let _ = Path::new(boot::SHARE_DIR).join(entry).symlink_metadata();
+    }
+    Ok(())
 }
 
 fn set_clock(realtime_ns: i64) -> Result<()> {

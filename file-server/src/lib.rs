@@ -28,7 +28,10 @@ mod process;
 pub use mounts::{MountBelow, ReadOnly, Share};
 pub use process::FileServer;
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
+
+/// How long the guest may use names and attributes it has read without asking again.
+pub const VALIDITY: Duration = Duration::from_secs(1);
 
 /// Why a file server could not be started or could not share.
 #[derive(Debug, thiserror::Error)]

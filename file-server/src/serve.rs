@@ -8,7 +8,6 @@ use std::{
     },
     process::ExitCode,
     sync::Arc,
-    time::Duration,
 };
 
 use vhost::vhost_user::{Error as VhostUserError, Listener};
@@ -19,10 +18,10 @@ use virtiofsd::{
 };
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use caisson_fs::VALIDITY;
+
 use crate::{filter, jail, policy::SharePolicy};
 
-/// How long the guest may use names and attributes it has read without asking again.
-const VALIDITY: Duration = Duration::from_secs(1);
 /// Descriptors that the guest's files may not take up: one per memory region that vhost-user
 /// allows (509), and some for the server's own use.
 const RESERVED_DESCRIPTORS: u64 = 640;

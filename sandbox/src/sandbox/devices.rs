@@ -10,13 +10,15 @@ use caisson_fs::Share;
 use caisson_protocol::{
     SHARE_TAG,
     agent::{
-        BindDeviceRequest, BindDeviceResponse, UnbindDeviceRequest, bind_device_request::Expect,
+        BindDeviceRequest, BindDeviceResponse, ForgetFilesRequest, UnbindDeviceRequest,
+        bind_device_request::Expect,
     },
 };
 use caisson_vmm_api::{BlockConfig, BlockContents, DeviceConfig, Fd, Request, Response};
 
 use super::{Holdings, Sandbox, blocking, lie, process, unexpected};
 use crate::{
+    agent::Agent,
     cgroup,
     error::Error,
     record::Resource,
@@ -91,6 +93,7 @@ impl Sandbox {
         drop(holdings.followers);
         let shares = self.shares.lock().await.clone();
         if let Some(shares) = shares.filter(|_| !holdings.shares.is_empty()) {
+            let entries = holdings.shares.iter().map(u32::to_string).collect();
             let removed = blocking(move || {
                 for index in holdings.shares {
                     if let Err(error) = shares.remove(index) {
@@ -102,6 +105,15 @@ impl Sandbox {
             if let Err(error) = removed.await {
                 log::warn!("{error}");
             }
+            // What the guest remembers keeps their file systems in use, and what was deleted on
+            // their disks.
+            let agent = self.agent.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(2 * caisson_fs::VALIDITY).await;
+                if let Err(error) = forget(&agent, entries).await {
+                    log::debug!("{error}");
+                }
+            });
         }
     }
 
@@ -195,4 +207,18 @@ impl Sandbox {
             log::warn!("process {pid} stays out of the sandbox's cgroup: {error}");
         }
     }
+}
+
+/// Has the guest drop what nobody uses of entries that have gone; without any, of the whole share.
+pub(super) async fn forget(agent: &Agent, entries: Vec<String>) -> Result<(), Error> {
+    let request = ForgetFilesRequest {
+        entries,
+        ..Default::default()
+    };
+    agent
+        .call("forget files", |client, context| async move {
+            client.forget_files(context, &request).await
+        })
+        .await
+        .map(drop)
 }

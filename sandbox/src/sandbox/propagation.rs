@@ -13,10 +13,9 @@ use std::{
 };
 
 use caisson_fs::{MountBelow, ReadOnly, Share};
-use caisson_protocol::agent::Empty;
 use tokio::task::JoinHandle;
 
-use super::{Holdings, Sandbox, blocking, trouble::Trouble};
+use super::{Holdings, Sandbox, blocking, devices::forget, trouble::Trouble};
 use crate::{
     agent::Agent,
     error::Error,
@@ -154,13 +153,10 @@ async fn follow(below: Arc<Mutex<Below>>, mut changes: Changes, agent: Agent) {
     while trouble.wait(changes.next()).await.unwrap_or(Ok(())).is_ok() {
         let gone = bring(&below).await;
         // What the guest remembers of them keeps their file systems in use.
-        if let Ok(true) = gone {
-            let forgotten = agent.call("forget files", |client, context| async move {
-                client.forget_files(context, &Empty::default()).await
-            });
-            if let Err(error) = forgotten.await {
-                log::warn!("{error}");
-            }
+        if let Ok(true) = gone
+            && let Err(error) = forget(&agent, Vec::new()).await
+        {
+            log::warn!("{error}");
         }
         trouble.note(gone.map(drop), |error| {
             format!("later mounts are not seen in the guest for now: {error}")

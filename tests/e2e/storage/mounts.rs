@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use caisson_tests::{Command, Host, seconds, until};
 use serde_json::json;
 
-use super::volume;
+use super::{SmallDisk, volume};
 use crate::oci::Oci;
 
 /// A tmpfs on the host with the file `within`, until this is dropped.
@@ -110,6 +110,39 @@ fn later_mounts_of_the_host_come_and_go() {
     running
         .finish()
         .expect_stdout("within\ncame\nwent\nbeneath\n");
+}
+
+/// What a container of several has had is free once it has gone, though the guest has seen all of it.
+#[test]
+fn a_disk_is_free_after_its_container() {
+    let host = Host::claim();
+    let disk = SmallDisk::mount(&host, 16);
+    let flag = format!("{}:/data", disk.path().display());
+    let image = host.scratch().join("small.ext4");
+    let run = |words: &[&str], script: &str| {
+        let words = ["run"].iter().chain(words);
+        host.caisson(words.chain(&[host.busybox(), "sh", "-c", script]))
+            .ok();
+    };
+    let base = host.scratch().join("base");
+    fs::create_dir(&base).unwrap();
+    // A machine has a file server if its first container wants one.
+    let base = format!("{}:/base", base.display());
+    let words = ["-d", "--name", "base", "--network", "none", "-v", &base];
+    run(&words, "sleep 1000");
+    let script = "cd /data; for n in $(seq 100); do echo $n >$n; done; cat * >/tmp/all; ls -l";
+    run(
+        &["--rm", "--network", "container:base", "-v", &flag],
+        script,
+    );
+    drop(disk);
+    let shown = image.to_str().unwrap();
+    let free = until(seconds(10.0), || {
+        let disks = Command::new(["losetup", "-j", shown]).run().ok();
+        disks.stdout().is_empty().then_some(())
+    });
+    assert!(free.is_some(), "the disk is in use after its container");
+    host.caisson(["rm", "-f", "base"]).ok();
 }
 
 #[test]
