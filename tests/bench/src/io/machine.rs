@@ -7,17 +7,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Ground, Section, net::Link};
+use super::{Ground, Section, VHOST_NET, net::Link};
 use crate::{
     child::{Running, find, quiet, tail},
     error::BenchError,
 };
 
-/// Runs the workload in a machine of its own and returns what it said.
+/// Runs the workload in a machine of its own and returns what it said. `make_link` is for the
+/// network's.
 ///
 /// # Errors
 /// QEMU or virtiofsd is not installed or fails, or the workload does.
-pub fn run(ground: &Ground, section: Section) -> Result<String, BenchError> {
+pub fn run(
+    ground: &Ground,
+    section: Section,
+    make_link: fn(u8) -> Result<Link, BenchError>,
+) -> Result<String, BenchError> {
     let qemu = find("qemu-system-x86_64", "qemu-system-x86")?;
     let scratch = ground.scratch.path();
     let console = scratch.join("console");
@@ -26,7 +31,14 @@ pub fn run(ground: &Ground, section: Section) -> Result<String, BenchError> {
     let _ = std::fs::remove_file(&console);
     let stderr = File::create(&log).map_err(BenchError::io("cannot create a log file"))?;
     let memory = ground.memory_mib;
-    let mut command = Command::new(qemu);
+    let link = match section {
+        Section::Network => Some(make_link(3)?),
+        Section::Block | Section::Share => None,
+    };
+    let mut command = match &link {
+        Some(link) => link.command(&qemu)?,
+        None => Command::new(qemu),
+    };
     command
         .args(["-M", "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off,x-option-roms=off,memory-backend=m"])
         .args(["-object", &format!("memory-backend-memfd,id=m,share=on,size={memory}M")])
@@ -46,7 +58,6 @@ pub fn run(ground: &Ground, section: Section) -> Result<String, BenchError> {
         ground.seconds
     );
     let mut server = None;
-    let mut link = None;
     match section {
         Section::Block => {
             let image = scratch.join("disk.ext4");
@@ -66,27 +77,15 @@ pub fn run(ground: &Ground, section: Section) -> Result<String, BenchError> {
                 .arg(format!("socket,id=fs,path={}", socket.display()))
                 .args(["-device", "vhost-user-fs-device,chardev=fs,tag=share"]);
         }
-        Section::Network => {
-            let made = Link::tap(3)?;
-            let vhost = if Path::new("/dev/vhost-net").exists() {
-                "on"
-            } else {
-                "off"
-            };
-            cmdline += &format!(
-                " bench.address={} bench.server={}",
-                made.guest(),
-                made.host()
-            );
-            command
-                .arg("-netdev")
-                .arg(format!(
-                    "tap,id=n,ifname={},script=no,downscript=no,vhost={vhost}",
-                    made.name()
-                ))
-                .args(["-device", "virtio-net-device,netdev=n"]);
-            link = Some(made);
-        }
+        Section::Network => {}
+    }
+    if let Some((link, tap)) = link.as_ref().and_then(|l| Some((l, l.tap_name()?))) {
+        network(&mut command, tap);
+        cmdline += &format!(
+            " bench.address={} bench.server={}",
+            link.guest(),
+            link.host()
+        );
     }
     command.args(["-append", &cmdline]);
     command
@@ -109,6 +108,20 @@ fn disk(command: &mut Command, id: &str, file: &Path, read_only: bool) {
         ))
         .arg("-device")
         .arg(format!("virtio-blk-device,drive={id}"));
+}
+
+fn network(command: &mut Command, tap: &str) {
+    let vhost = if Path::new(VHOST_NET).exists() {
+        "on"
+    } else {
+        "off"
+    };
+    command
+        .arg("-netdev")
+        .arg(format!(
+            "tap,id=n,ifname={tap},script=no,downscript=no,vhost={vhost}"
+        ))
+        .args(["-device", "virtio-net-device,netdev=n"]);
 }
 
 fn virtiofsd(socket: &Path, directory: &Path) -> Result<Running, BenchError> {

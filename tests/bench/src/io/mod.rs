@@ -14,6 +14,7 @@ use std::{
 
 use tempfile::TempDir;
 
+use self::net::Link;
 use crate::{
     child::quiet,
     error::BenchError,
@@ -154,12 +155,14 @@ impl Section {
 
     /// Who can run its workload on this host.
     fn contenders(self) -> Vec<Contender> {
-        use Contender::{Caisson, CaissonVhost, Qemu, Runc};
-        let mut contenders = vec![Caisson, Runc, Qemu];
-        if self == Self::Network && Path::new(VHOST_NET).exists() {
-            contenders.insert(1, CaissonVhost);
+        use Contender::{Caisson, CaissonVhost, Qemu, QemuRedirected, Runc};
+        match self {
+            Self::Block | Self::Share => vec![Caisson, Runc, Qemu],
+            Self::Network if Path::new(VHOST_NET).exists() => {
+                vec![Caisson, CaissonVhost, Runc, Qemu, QemuRedirected]
+            }
+            Self::Network => vec![Caisson, Runc, Qemu, QemuRedirected],
         }
-        contenders
     }
 
     fn definition(self, figure: &Figure) -> String {
@@ -175,7 +178,8 @@ impl Section {
             Self::Network => {
                 "iperf3, and bash for the bytes, against the host: Caisson's and runc's by the same veth pair, \
                  which Caisson's VMM or, with `vhost_net = true`, the host's kernel moves frames from and to, QEMU's \
-                 by a tap with vhost-net."
+                 by a tap with vhost-net, which is on the host itself or, redirected, behind such a pair as \
+                 Caisson's is."
             }
         };
         let better = if matches!(figure.unit, "ms") {
@@ -264,6 +268,8 @@ enum Contender {
     CaissonVhost,
     Runc,
     Qemu,
+    /// Its tap behind a veth pair, as in a pod.
+    QemuRedirected,
 }
 
 impl Contender {
@@ -273,6 +279,7 @@ impl Contender {
             Self::CaissonVhost => "caisson, vhost-net",
             Self::Runc => "runc",
             Self::Qemu => "qemu microvm",
+            Self::QemuRedirected => "qemu microvm, redirected",
         }
     }
 
@@ -281,7 +288,8 @@ impl Contender {
             Self::Caisson => container::caisson(ground, section),
             Self::CaissonVhost => container::caisson_with_vhost_net(ground),
             Self::Runc => container::runc(ground, section),
-            Self::Qemu => machine::run(ground, section),
+            Self::Qemu => machine::run(ground, section, Link::tap),
+            Self::QemuRedirected => machine::run(ground, section, Link::redirected),
         }
     }
 }

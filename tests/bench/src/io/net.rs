@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::TcpListener,
+    path::Path,
     process::{Command, Stdio},
 };
 
@@ -14,16 +15,24 @@ use crate::{
 /// Of the echo service.
 const ECHO_PORT: u16 = 5202;
 
+/// Name of a tap in a namespace.
+const TAP: &str = "tap0";
+
 /// A link to one contender; goes when dropped.
 pub struct Link {
     name: String,
     namespace: Option<String>,
+    tap: Option<String>,
     /// Third byte of both addresses.
     subnet: u8,
 }
 
 fn ip(words: &str) -> Result<(), BenchError> {
     quiet(Command::new(find("ip", "iproute2")?).args(words.split(' ')))
+}
+
+fn tc(words: &str) -> Result<(), BenchError> {
+    quiet(Command::new(find("tc", "iproute2")?).args(words.split(' ')))
 }
 
 impl Link {
@@ -36,6 +45,7 @@ impl Link {
         let link = Self {
             name: name.clone(),
             namespace: Some(namespace.clone()),
+            tap: None,
             subnet,
         };
         let (host, guest) = (link.host(), link.guest());
@@ -51,7 +61,7 @@ impl Link {
         Ok(link)
     }
 
-    /// A tap for a virtual machine.
+    /// A tap for a virtual machine, on the host.
     ///
     /// # Errors
     /// Those of ip(8).
@@ -61,6 +71,7 @@ impl Link {
         let link = Self {
             name: name.clone(),
             namespace: None,
+            tap: Some(name.clone()),
             subnet,
         };
         ip(&format!("addr add {}/24 dev {name}", link.host()))?;
@@ -68,9 +79,46 @@ impl Link {
         Ok(link)
     }
 
-    /// The interface on the host.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// A tap for a virtual machine behind a veth pair, in whose namespace it is: what a monitor has
+    /// to do with the interface of a CNI plugin.
+    ///
+    /// # Errors
+    /// Those of ip(8) and tc(8).
+    pub fn redirected(subnet: u8) -> Result<Self, BenchError> {
+        let mut link = Self::veth(subnet)?;
+        let namespace = format!("caisson-bench{subnet}");
+        ip(&format!("-n {namespace} addr flush dev eth0"))?;
+        ip(&format!(
+            "-n {namespace} tuntap add dev {TAP} mode tap vnet_hdr"
+        ))?;
+        ip(&format!("-n {namespace} link set {TAP} up"))?;
+        for (from, to) in [("eth0", TAP), (TAP, "eth0")] {
+            tc(&format!("-n {namespace} qdisc add dev {from} ingress"))?;
+            tc(&format!(
+                "-n {namespace} filter add dev {from} ingress matchall action mirred egress redirect dev {to}"
+            ))?;
+        }
+        link.tap = Some(TAP.into());
+        Ok(link)
+    }
+
+    /// The tap, of a link that has one.
+    pub fn tap_name(&self) -> Option<&str> {
+        self.tap.as_deref()
+    }
+
+    /// A command that runs where the contender's end is.
+    ///
+    /// # Errors
+    /// ip(8) is not installed.
+    pub fn command(&self, program: &Path) -> Result<Command, BenchError> {
+        let Some(namespace) = &self.namespace else {
+            return Ok(Command::new(program));
+        };
+        // It becomes the program.
+        let mut command = Command::new(find("ip", "iproute2")?);
+        command.args(["netns", "exec", namespace]).arg(program);
+        Ok(command)
     }
 
     /// Path of the namespace, of a veth.
