@@ -31,6 +31,7 @@ use rustix::{
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
+use smallvec::{SmallVec, smallvec};
 
 use crate::{
     rate_limit::RateLimiter,
@@ -58,6 +59,8 @@ const F_MQ: u64 = 1 << 22;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 const MAX_PAIRS: usize = 16;
+/// Of as many a turn allocates nothing.
+const INLINE_PAIRS: usize = 4;
 /// Smallest MTU (IPv4's).
 const MIN_MTU: u16 = 68;
 const STATE_VERSION: u16 = 1;
@@ -278,7 +281,7 @@ impl Net {
             if self.answer_commands(active, mode)? {
                 self.attach_pairs()?;
             }
-            let mut states = Vec::with_capacity(self.pairs.len());
+            let mut states = SmallVec::<[_; INLINE_PAIRS]>::new();
             for index in 0..usize::from(self.used_pairs) {
                 let rx = self.receive(active, index, mode)?;
                 let tx = self.transmit(active, index)?;
@@ -342,8 +345,9 @@ impl Net {
     ) -> Result<bool, DeviceError> {
         let poll_event = |event| PollFd::from_borrowed_fd(event_fd(event), PollFlags::IN);
         let queue = |index: usize| active.queues.get(index).and_then(Option::as_ref);
-        let mut fds = vec![poll_event(&active.stop)];
-        let mut kicks: Vec<&ActiveQueue> = mode.control.and_then(queue).into_iter().collect();
+        let mut fds: SmallVec<[_; 4 * INLINE_PAIRS]> = smallvec![poll_event(&active.stop)];
+        let mut kicks: SmallVec<[&ActiveQueue; 2 * INLINE_PAIRS + 1]> =
+            mode.control.and_then(queue).into_iter().collect();
         let mut busy = false;
         for (index, (rx, tx)) in states.iter().enumerate() {
             let mut tap = PollFlags::empty();
@@ -383,14 +387,14 @@ impl Net {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(DeviceError::io("poll")(error)),
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        for (queue, ready) in kicks.iter().zip(&ready[first_kick..]) {
-            if *ready {
+        let ready = |fd: &PollFd<'_>| !fd.revents().is_empty();
+        for (queue, fd) in kicks.iter().zip(&fds[first_kick..]) {
+            if ready(fd) {
                 // Nothing to read is as good.
                 let _ = queue.kick().read();
             }
         }
-        Ok(ready[0])
+        Ok(ready(&fds[0]))
     }
 }
 
