@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use caisson_fs::ReadOnly;
 use caisson_protocol::POD_SHM;
 use oci_spec::runtime::{
-    LinuxDevice, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Spec,
+    LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Spec,
 };
 
 use crate::error::Error;
@@ -48,73 +48,103 @@ pub struct HostBind {
 /// A block device of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostDisk {
-    /// Index in the specification's devices.
-    device: usize,
-    /// In the container.
+    /// In the container; the first of several.
     pub path: PathBuf,
-    /// On the host.
-    pub major: i64,
-    /// On the host.
-    pub minor: i64,
+    /// Major and minor number on the host.
+    pub numbers: (i64, i64),
     /// The container may write to it.
     pub writable: bool,
 }
 
-/// The block devices that the container may use by a rule for just that device. One that may use all
-/// devices (a privileged container that has the nodes of all of them) gets none of the host's.
+/// The block devices that the container may use by a rule for just that device, each once. One that
+/// may use all devices (a privileged container that has the nodes of all of them) gets none of the
+/// host's.
 pub fn host_disks(spec: &Spec) -> Vec<HostDisk> {
     let Some(linux) = spec.linux() else {
         return Vec::new();
     };
-    let devices = linux.devices().iter().flatten().enumerate();
-    let disks = devices.filter(|(_, device)| device.typ() == LinuxDeviceType::B);
-    disks
-        .filter_map(|(index, device)| {
-            let access = access(linux.resources().as_ref()?, device)?;
-            Some(HostDisk {
-                device: index,
+    let Some(resources) = linux.resources() else {
+        return Vec::new();
+    };
+    let mut disks: Vec<HostDisk> = Vec::new();
+    for device in linux.devices().iter().flatten() {
+        let numbers = (device.major(), device.minor());
+        if device.typ() != LinuxDeviceType::B || disks.iter().any(|disk| disk.numbers == numbers) {
+            continue;
+        }
+        if let Some(writable) = may_write(resources, numbers) {
+            disks.push(HostDisk {
                 path: device.path().clone(),
-                major: device.major(),
-                minor: device.minor(),
-                writable: access.contains('w'),
-            })
-        })
-        .collect()
+                numbers,
+                writable,
+            });
+        }
+    }
+    disks
 }
 
-/// What the rules for just this device allow.
-fn access(resources: &LinuxResources, device: &LinuxDevice) -> Option<String> {
+/// Whether the rules for just this disk, which add up, let it be written; none if there are none.
+fn may_write(resources: &LinuxResources, (major, minor): (i64, i64)) -> Option<bool> {
     let rules = resources.devices().iter().flatten();
-    let mut own = rules.filter(|rule| {
+    let own = rules.filter(|rule| {
         rule.allow()
             && rule.typ() == Some(LinuxDeviceType::B)
-            && (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
+            && (rule.major(), rule.minor()) == (Some(major), Some(minor))
     });
-    own.next_back()
-        .map(|rule| rule.access().clone().unwrap_or_else(|| "rwm".to_owned()))
+    own.map(|rule| rule.access().as_ref().is_none_or(|a| a.contains('w')))
+        .reduce(|one, other| one || other)
 }
 
-/// Replaces the host's numbers of a disk by the guest's.
-pub fn use_disk(spec: &mut Spec, disk: &HostDisk, (major, minor): (i64, i64)) {
+/// Replaces the host's numbers of the disks by the guest's. All at once: what is one disk's number in
+/// the guest can be another's on the host.
+pub fn use_disks(spec: &mut Spec, disks: &[(HostDisk, (i64, i64))]) {
     let Some(linux) = spec.linux_mut() else {
         return;
     };
-    let device = linux
-        .devices_mut()
-        .as_mut()
-        .and_then(|devices| devices.get_mut(disk.device));
-    if let Some(device) = device {
-        device.set_major(major);
-        device.set_minor(minor);
+    let in_guest = |numbers| {
+        let disk = disks.iter().find(|(disk, _)| disk.numbers == numbers)?;
+        Some(disk.1)
+    };
+    for device in linux.devices_mut().iter_mut().flatten() {
+        if device.typ() == LinuxDeviceType::B
+            && let Some((major, minor)) = in_guest((device.major(), device.minor()))
+        {
+            device.set_major(major);
+            device.set_minor(minor);
+        }
     }
     let resources = linux.resources_mut().as_mut();
-    let rules = resources.and_then(|resources| resources.devices_mut().as_mut());
-    for rule in rules.into_iter().flatten() {
-        if rule.typ() == Some(LinuxDeviceType::B)
-            && (rule.major(), rule.minor()) == (Some(disk.major), Some(disk.minor))
-        {
+    if let Some(rules) = resources.and_then(|resources| resources.devices_mut().as_mut()) {
+        rules.retain_mut(|rule| use_rule(rule, in_guest));
+    }
+}
+
+/// Gives a rule the guest's numbers. False: it is for a block device of the host that the guest has
+/// not, where its numbers would be another disk's.
+fn use_rule(
+    rule: &mut LinuxDeviceCgroup,
+    in_guest: impl Fn((i64, i64)) -> Option<(i64, i64)>,
+) -> bool {
+    // No number, or a negative one, stands for all.
+    let Some(major) = rule.major().filter(|major| *major >= 0) else {
+        return true;
+    };
+    if rule.typ() != Some(LinuxDeviceType::B) {
+        return true;
+    }
+    let minor = rule.minor().filter(|minor| *minor >= 0);
+    match minor.and_then(|minor| in_guest((major, minor))) {
+        Some((major, minor)) => {
             rule.set_major(Some(major));
             rule.set_minor(Some(minor));
+            true
+        }
+        None => {
+            let minor = minor.map_or("*".to_owned(), |minor| minor.to_string());
+            log::warn!(
+                "the rule for the host's block device {major}:{minor} is left out: the guest has no such disk"
+            );
+            false
         }
     }
 }
@@ -361,24 +391,39 @@ mod tests {
         let mut one = spec(
             r#"{"devices":[
                 {"path":"/dev/block","type":"b","major":7,"minor":1},
-                {"path":"/dev/read","type":"b","major":7,"minor":2},
+                {"path":"/dev/read","type":"b","major":253,"minor":16},
                 {"path":"/dev/none","type":"b","major":7,"minor":3},
-                {"path":"/dev/null","type":"c","major":7,"minor":1}],
+                {"path":"/dev/null","type":"c","major":7,"minor":1},
+                {"path":"/dev/again","type":"b","major":7,"minor":1}],
               "resources":{"devices":[{"allow":false,"access":"rwm"},
                 {"allow":true,"type":"b","major":7,"minor":1,"access":"rwm"},
-                {"allow":true,"type":"b","major":7,"minor":2,"access":"r"}]}}"#,
+                {"allow":true,"type":"b","major":253,"minor":16,"access":"r"},
+                {"allow":true,"type":"b","major":7,"minor":1,"access":"r"},
+                {"allow":true,"type":"b","major":253,"minor":48,"access":"rwm"},
+                {"allow":true,"type":"b","major":8,"access":"rwm"}]}}"#,
             "[]",
         );
-        let disks = host_disks(&one);
-        let found: Vec<_> = disks
+        let found = host_disks(&one);
+        let writable: Vec<_> = found
             .iter()
-            .map(|disk| (disk.minor, disk.writable))
+            .map(|disk| (disk.numbers, disk.writable))
             .collect();
-        assert_eq!(found, [(1, true), (2, false)]);
-        use_disk(&mut one, &disks[0], (253, 16));
+        assert_eq!(writable, [((7, 1), true), ((253, 16), false)]);
+        // The guest's number of the one is the host's of the other.
+        let disks: Vec<_> = found.into_iter().zip([(253, 16), (253, 32)]).collect();
+        use_disks(&mut one, &disks);
         let text = serde_json::to_string(&one).unwrap();
-        assert_eq!(text.matches(r#""major":253"#).count(), 2, "{text}");
-        assert!(text.contains(r#""type":"c","major":7"#), "{text}");
+        for (numbers, times) in [
+            (r#""major":253,"minor":16"#, 4),
+            (r#""major":253,"minor":32"#, 2),
+            (r#""major":7,"minor":3"#, 1),
+            (r#""type":"c","major":7,"minor":1"#, 1),
+            // What is nobody's disk in the guest is somebody's number there.
+            (r#""minor":48"#, 0),
+            (r#""major":8"#, 0),
+        ] {
+            assert_eq!(text.matches(numbers).count(), times, "{numbers}: {text}");
+        }
         // A privileged container with all nodes of the host.
         let all = spec(
             r#"{"devices":[{"path":"/dev/sda","type":"b","major":8,"minor":0}],

@@ -24,14 +24,16 @@ impl Sandbox {
         spec: &mut Spec,
         holdings: &mut Holdings,
     ) -> Result<(), Error> {
+        let mut disks = Vec::new();
         for disk in spec::host_disks(spec) {
             let (file, read_only) = open(&disk)?;
             let contents = BlockContents::File(Fd(0));
             let attached = self
                 .attach_disk("volume", contents, read_only, &[file.as_fd()], holdings)
                 .await?;
-            spec::use_disk(spec, &disk, (attached.major.into(), attached.minor.into()));
+            disks.push((disk, (attached.major.into(), attached.minor.into())));
         }
+        spec::use_disks(spec, &disks);
         Ok(())
     }
 }
@@ -39,7 +41,8 @@ impl Sandbox {
 /// Opens the device by its numbers, as its path in the container says nothing of the host. True: it
 /// is not to be written.
 fn open(disk: &HostDisk) -> Result<(File, bool), Error> {
-    let numbers = format!("{}:{}", disk.major, disk.minor);
+    let (major, minor) = disk.numbers;
+    let numbers = format!("{major}:{minor}");
     let sys = PathBuf::from("/sys/dev/block").join(&numbers);
     let of_container = disk.path.display();
     let event = fs::read_to_string(sys.join("uevent")).map_err(Error::io(format!(
@@ -64,8 +67,8 @@ fn open(disk: &HostDisk) -> Result<(File, bool), Error> {
         .metadata()
         .map_err(Error::io(format!("stat {shown}")))?
         .rdev();
-    let is_it = i64::from(rustix::fs::major(device)) == disk.major
-        && i64::from(rustix::fs::minor(device)) == disk.minor;
+    let is_it = i64::from(rustix::fs::major(device)) == major
+        && i64::from(rustix::fs::minor(device)) == minor;
     if !is_it {
         return Err(Error::Invalid(format!(
             "{shown} is not the block device {numbers}, which the container wants as {of_container}"

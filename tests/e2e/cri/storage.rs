@@ -60,7 +60,7 @@ fn mount(source: &Path, target: &str) -> Mount {
 }
 
 /// `readOnly` is of one mount; emptyDir in memory has its size; later mounts of the host come where they
-/// are to; volumes of the mode `Block` are disks.
+/// are to; volumes of the mode `Block` are disks, one disk even by two names.
 #[test]
 fn volumes_of_all_modes() {
     let host = Host::claim();
@@ -88,13 +88,17 @@ fn volumes_of_all_modes() {
             ..mount(&directory, "/later")
         },
     ];
-    app.devices = [("/dev/xvda", &node, "rwm"), ("/dev/xvdr", &other, "r")]
-        .map(|(path, node, permissions)| Device {
-            container_path: path.to_owned(),
-            host_path: node.0.clone(),
-            permissions: permissions.to_owned(),
-        })
-        .to_vec();
+    app.devices = [
+        ("/dev/xvda", &node, "rwm"),
+        ("/dev/xvdr", &other, "r"),
+        ("/dev/again", &node, "r"),
+    ]
+    .map(|(path, node, permissions)| Device {
+        container_path: path.to_owned(),
+        host_path: node.0.clone(),
+        permissions: permissions.to_owned(),
+    })
+    .to_vec();
     let app = cri.run(&pod, &config, app);
     let tried = "for f in /once/x /once/below/x; do
         touch $f 2>/dev/null && echo yes || echo no; done";
@@ -119,10 +123,11 @@ fn volumes_of_all_modes() {
     let sum = sum.split(' ').next().unwrap();
     let script = "md5sum </dev/xvda; echo written | dd of=/dev/xvda bs=512 seek=8 conv=sync,fsync 2>/dev/null
         echo x 2>/dev/null >/dev/xvdr && echo written || echo refused
-        test -b /dev/xvda && echo disk";
+        test -b /dev/xvda && echo disk
+        dd if=/dev/again bs=512 skip=8 count=1 2>/dev/null | tr -d '\\0'";
     assert_eq!(
         cri.output(&app, script),
-        format!("{sum}  -\nrefused\ndisk\n")
+        format!("{sum}  -\nrefused\ndisk\nwritten\n")
     );
     assert_eq!(&fs::read(&disk).unwrap()[4096..4104], b"written\n");
 
