@@ -15,7 +15,7 @@ use crate::{
     container::Containers,
     error::Error,
     inspect,
-    output::say,
+    output::{for_each, say},
     ps, pull, save,
 };
 
@@ -221,24 +221,16 @@ pub fn bytes(size: u64) -> String {
 /// None but those printed.
 pub fn remove(matches: &ArgMatches) -> Result<u8, Error> {
     let store = Containers::open()?.images()?;
-    let mut code = 0;
-    for name in values(matches, "image") {
-        match store.remove(name, matches.get_flag("force")) {
-            Ok(removed) => {
-                for reference in removed.untagged {
-                    say!("Untagged: {}", reference.familiar());
-                }
-                for id in removed.deleted {
-                    say!("Deleted: {id}");
-                }
-            }
-            Err(error) => {
-                eprintln!("caisson: {error}");
-                code = 1;
-            }
+    Ok(for_each(values(matches, "image"), |name| {
+        let removed = store.remove(name, matches.get_flag("force"))?;
+        for reference in removed.untagged {
+            say!("Untagged: {}", reference.familiar());
         }
-    }
-    Ok(code)
+        for id in removed.deleted {
+            say!("Deleted: {id}");
+        }
+        Ok(())
+    }))
 }
 
 #[cfg(test)]

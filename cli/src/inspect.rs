@@ -12,7 +12,7 @@ use crate::{
     container::{Container, Containers, Status},
     error::Error,
     network::{self, Attachment, Endpoint, Mode, Port},
-    output::say,
+    output::{for_each, say},
 };
 
 /// Runs the verb: a JSON array of what was found; names that were not are told on stderr.
@@ -61,16 +61,11 @@ pub fn print<'a>(
     names: impl IntoIterator<Item = &'a str>,
     describe: impl Fn(&str) -> Result<Value, Error>,
 ) -> u8 {
-    let (mut found, mut code) = (Vec::new(), 0);
-    for name in names {
-        match describe(name) {
-            Ok(description) => found.push(description),
-            Err(error) => {
-                eprintln!("caisson: {error}");
-                code = 1;
-            }
-        }
-    }
+    let mut found = Vec::new();
+    let code = for_each(names, |name| {
+        found.push(describe(name)?);
+        Ok(())
+    });
     print_json(&found);
     code
 }

@@ -14,7 +14,7 @@ use crate::{
     container::{Container, Containers, Status},
     error::{Error, ShimCode},
     options,
-    output::say,
+    output::{for_each, say},
     shim::Shim,
     volumes,
 };
@@ -32,18 +32,13 @@ fn each(
     mut work: impl FnMut(&Containers, &str) -> Result<(), Error>,
 ) -> Result<u8, Error> {
     let containers = Containers::open()?;
-    let mut code = 0;
-    for name in values(matches, "container") {
-        match work(&containers, name) {
-            Ok(()) if print => say!("{name}"),
-            Ok(()) => {}
-            Err(error) => {
-                eprintln!("caisson: {error}");
-                code = 1;
-            }
+    Ok(for_each(values(matches, "container"), |name| {
+        work(&containers, name)?;
+        if print {
+            say!("{name}");
         }
-    }
-    Ok(code)
+        Ok(())
+    }))
 }
 
 /// Runs `stop`.

@@ -30,6 +30,21 @@ pub fn line(text: Arguments<'_>) {
     }
 }
 
+/// Does `work` for each of `names`; prints why it could not be done for one, for which the exit status is 1.
+pub fn for_each<'a>(
+    names: impl IntoIterator<Item = &'a str>,
+    mut work: impl FnMut(&'a str) -> Result<(), Error>,
+) -> u8 {
+    let mut code = 0;
+    for name in names {
+        if let Err(error) = work(name) {
+            eprintln!("caisson: {error}");
+            code = 1;
+        }
+    }
+    code
+}
+
 /// What became of all that was printed.
 ///
 /// # Errors

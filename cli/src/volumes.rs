@@ -19,7 +19,7 @@ use crate::{
     error::Error,
     images, inspect,
     mounts::{self, Share, Source},
-    output::say,
+    output::{for_each, say},
     ps,
 };
 
@@ -337,19 +337,14 @@ fn remove(matches: &ArgMatches) -> Result<u8, Error> {
             ))),
         }
     };
-    let mut code = 0;
-    for name in values(matches, "volume") {
+    let force = matches.get_flag("force");
+    Ok(for_each(values(matches, "volume"), |name| {
         match one(name) {
-            Ok(_) => say!("{name}"),
             // As docker: -f is content when there is nothing.
-            Err(Error::NoSuchVolume(_)) if matches.get_flag("force") => {}
-            Err(error) => {
-                eprintln!("caisson: {error}");
-                code = 1;
-            }
+            Err(Error::NoSuchVolume(_)) if force => Ok(()),
+            result => result.map(|_| say!("{name}")),
         }
-    }
-    Ok(code)
+    }))
 }
 
 fn prune(matches: &ArgMatches) -> Result<u8, Error> {

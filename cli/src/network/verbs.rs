@@ -20,7 +20,7 @@ use crate::{
     container::{Container, Containers},
     error::Error,
     images, inspect, options,
-    output::say,
+    output::{for_each, say},
     ps,
 };
 
@@ -368,19 +368,14 @@ fn remove(matches: &ArgMatches) -> Result<u8, Error> {
             ))),
         }
     };
-    let mut code = 0;
-    for name in values(matches, "network") {
+    let force = matches.get_flag("force");
+    Ok(for_each(values(matches, "network"), |name| {
         match one(name) {
-            Ok(()) => say!("{name}"),
             // As docker: -f is content when there is nothing.
-            Err(Error::NoSuchNetwork(_)) if matches.get_flag("force") => {}
-            Err(error) => {
-                eprintln!("caisson: {error}");
-                code = 1;
-            }
+            Err(Error::NoSuchNetwork(_)) if force => Ok(()),
+            result => result.map(|()| say!("{name}")),
         }
-    }
-    Ok(code)
+    }))
 }
 
 fn prune(matches: &ArgMatches) -> Result<u8, Error> {
