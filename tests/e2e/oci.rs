@@ -298,6 +298,13 @@ fn programs_run_in_a_container() {
     let pid: i32 = fs::read_to_string(&pid_file).unwrap().parse().unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     assert!(until(seconds(5.0), || (pids() == 1).then_some(())).is_some());
+    // A reader that leaves ends who writes to it.
+    let yes = oci.words(&["exec", "one", "yes"]).join(" ");
+    Command::new(["sh", "-c", &format!("{yes} | head -1")])
+        .run()
+        .ok()
+        .expect_stdout("y\n");
+    assert!(until(seconds(5.0), || (pids() == 1).then_some(())).is_some());
     fs::write(&process, "{").unwrap();
     oci.run(&["exec", "--process", &file, "one"])
         .expect_error(&["process.json"]);
