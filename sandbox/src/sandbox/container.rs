@@ -182,7 +182,13 @@ impl Sandbox {
                     .map_err(Error::io(format!("open the disk {}", path.display())))?;
                 let contents = BlockContents::File(Fd(0));
                 let disk = self
-                    .attach_disk("root", contents, *read_only, &[file.as_fd()], holdings)
+                    .attach_disk(
+                        "root",
+                        contents,
+                        *read_only,
+                        &[file.as_fd()],
+                        &mut holdings.slots,
+                    )
                     .await?
                     .device;
                 rootfs.upper = Some(if *read_only {
@@ -210,7 +216,7 @@ impl Sandbox {
                     .map(|index| Fd(u32::try_from(index).unwrap_or(u32::MAX)));
                 let contents = BlockContents::Partitions(indexes.collect());
                 let disk = self
-                    .attach_disk("layers", contents, true, &descriptors, holdings)
+                    .attach_disk("layers", contents, true, &descriptors, &mut holdings.slots)
                     .await?
                     .device;
                 for number in 1..=files.len() {
@@ -227,7 +233,13 @@ impl Sandbox {
                         let upper = blocking(move || disk::fresh(&directory, mib)).await?;
                         let contents = BlockContents::File(Fd(0));
                         let disk = self
-                            .attach_disk("upper", contents, false, &[upper.as_fd()], holdings)
+                            .attach_disk(
+                                "upper",
+                                contents,
+                                false,
+                                &[upper.as_fd()],
+                                &mut holdings.slots,
+                            )
                             .await?;
                         WireUpper::Ext4Device(disk.device)
                     }

@@ -26,16 +26,17 @@ use crate::{
 };
 
 impl Sandbox {
-    /// Attaches a disk and returns what the guest calls it.
+    /// Attaches a disk and returns what the guest calls it. Its slot is among `slots` afterwards, and
+    /// can be after an error. `serial` tells the operator what it is, in at most 20 bytes.
     pub(super) async fn attach_disk(
         &self,
-        kind: &str,
+        serial: &str,
         contents: BlockContents,
         read_only: bool,
         fds: &[BorrowedFd<'_>],
-        holdings: &mut Holdings,
+        slots: &mut Vec<u32>,
     ) -> Result<BindDeviceResponse, Error> {
-        let serial = format!("{kind}-{}", holdings.slots.len());
+        let serial = serial.to_owned();
         let device = DeviceConfig::Block(BlockConfig {
             serial: serial.clone(),
             contents,
@@ -43,7 +44,7 @@ impl Sandbox {
             rate_limit: None,
         });
         let slot = self.attach("attach a disk", device, fds).await?;
-        holdings.slots.push(slot);
+        slots.push(slot);
         let disk = self.bind(slot, Expect::BlockSerial(serial)).await?;
         let plain = disk.device.strip_prefix("/dev/").is_some_and(|name| {
             !name.is_empty()
@@ -89,6 +90,7 @@ impl Sandbox {
     /// Takes away what a container held. What fails here ends with the VM.
     pub(super) async fn release(&self, holdings: Holdings) {
         self.detach(&holdings.slots).await;
+        self.release_volumes(&holdings.volumes).await;
         self.withdraw(holdings.published).await;
         drop(holdings.followers);
         let shares = self.shares.lock().await.clone();

@@ -48,6 +48,7 @@ use events::forward_events;
 use figures::BootFigures;
 use publications::Publication;
 use sizing::Sizing;
+use volumes::{Attached, Volume};
 
 /// Events that may wait for the sandbox's owner.
 const EVENT_QUEUE: usize = 256;
@@ -55,8 +56,10 @@ const EVENT_QUEUE: usize = 256;
 /// What a container has of the sandbox's devices and shares.
 #[derive(Debug, Default)]
 struct Holdings {
-    /// Slots of its disks.
+    /// Slots of its own disks.
     slots: Vec<u32>,
+    /// Block devices of the host, which others may have, too.
+    volumes: Vec<Volume>,
     /// Entries of the share.
     shares: Vec<u32>,
     /// Of the mounts below those entries.
@@ -80,6 +83,8 @@ pub struct Sandbox {
     shares_directories: bool,
     shares: Mutex<Option<Arc<Shares>>>,
     containers: StdMutex<HashMap<String, Holdings>>,
+    /// Block devices of the host that the guest has.
+    volumes: Mutex<HashMap<Volume, Attached>>,
     /// Number of the next published volume.
     publications: AtomicU32,
     vsock: PathBuf,
@@ -130,6 +135,7 @@ impl Sandbox {
                     shares_directories: spec.shares_directories,
                     shares: Mutex::new(None),
                     containers: StdMutex::default(),
+                    volumes: Mutex::default(),
                     publications: AtomicU32::default(),
                     vsock,
                     hello,

@@ -60,7 +60,7 @@ fn mount(source: &Path, target: &str) -> Mount {
 }
 
 /// `readOnly` is of one mount; emptyDir in memory has its size; later mounts of the host come where they
-/// are to; volumes of the mode `Block` are disks, one disk even by two names.
+/// are to; volumes of the mode `Block` are disks, one disk even by two names and in two containers.
 #[test]
 fn volumes_of_all_modes() {
     let host = Host::claim();
@@ -130,6 +130,23 @@ fn volumes_of_all_modes() {
         format!("{sum}  -\nrefused\ndisk\nwritten\n")
     );
     assert_eq!(&fs::read(&disk).unwrap()[4096..4104], b"written\n");
+
+    // Another container has the same disk, and remembers what was there as long as it has it open.
+    let mut beside = container("beside", "exec sleep 1000 </dev/xvda");
+    beside.devices = vec![Device {
+        container_path: "/dev/xvda".to_owned(),
+        host_path: node.0.clone(),
+        permissions: "rwm".to_owned(),
+    }];
+    let beside = cri.run(&pod, &config, beside);
+    let read = "dd if=/dev/xvda bs=512 skip=9 count=1 2>/dev/null | head -c 6";
+    assert_ne!(cri.output(&beside, read), "shared");
+    let write = "echo shared | dd of=/dev/xvda bs=512 seek=9 conv=sync 2>/dev/null";
+    cri.output(&app, write);
+    assert_eq!(cri.output(&beside, read), "shared");
+    cri.stop(&beside, 0);
+    cri.remove(&beside);
+    assert_eq!(cri.output(&app, read), "shared");
 
     // What is behind a disk vanishes: an error for the program, and one for the operator. (The first
     // blocks were read for a partition table.)
