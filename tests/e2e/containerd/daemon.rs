@@ -132,6 +132,13 @@ impl<'a> Daemon<'a> {
         assert!(up.is_some(), "containerd does not answer\n{}", self.log());
     }
 
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        let process = self.process.as_ref().expect("containerd runs");
+        let open = fs::read_dir(format!("/proc/{}/fd", process.id()));
+        open.unwrap().count()
+    }
+
     /// Ends the program by a signal, and waits for its end.
     pub fn end(&mut self, signal: Signal) {
         if let Some(mut process) = self.process.take() {

@@ -82,21 +82,14 @@ fn many_at_once(version: Version) {
             assert!(ended.is_some(), "round {round}: {program} lives on");
         }
         // The first round opens what containerd keeps; a pod that left one would be seen `pods` times.
-        let most = *after_first.get_or_insert_with(|| descriptors(&host)) + pods as usize;
-        let closed = until(seconds(10.0), || (descriptors(&host) < most).then_some(()));
+        let most = *after_first.get_or_insert_with(|| daemon.descriptors()) + pods as usize;
+        let closed = until(seconds(10.0), || {
+            (daemon.descriptors() < most).then_some(())
+        });
         assert!(
             closed.is_some(),
             "round {round}: containerd has {} descriptors",
-            descriptors(&host)
+            daemon.descriptors()
         );
     }
-}
-
-/// How many containerd has open.
-fn descriptors(host: &Host) -> usize {
-    let [containerd] = host.processes_of("containerd")[..] else {
-        panic!("there is one containerd");
-    };
-    let open = std::fs::read_dir(format!("/proc/{containerd}/fd")).unwrap();
-    open.count()
 }
