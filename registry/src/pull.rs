@@ -257,7 +257,7 @@ impl Puller<'_> {
 
     /// Transfers what the store does not have, and loads the image.
     async fn bring(&self, found: &Found, names: Vec<Reference>) -> Result<()> {
-        let staging = self.store.stage()?;
+        let mut staging = self.store.stage()?;
         put(&staging, &found.manifest, &found.json)?;
         let limits = self.store.limits();
         let what = format!("configuration {}", found.config.digest);
@@ -266,7 +266,7 @@ impl Puller<'_> {
         self.verify(&config, Some(&found.config.digest))?;
         put(&staging, &found.config.digest, &config)?;
 
-        let missing = self.missing_layers(&staging, found, &config)?;
+        let missing = self.missing_layers(&mut staging, found, &config)?;
         let queue = RefCell::new(missing);
         let worker = || async {
             loop {
@@ -305,7 +305,7 @@ impl Puller<'_> {
     /// The layers to be transferred, each once.
     fn missing_layers(
         &self,
-        staging: &Staging,
+        staging: &mut Staging,
         found: &Found,
         config: &[u8],
     ) -> Result<VecDeque<BlobRef>> {

@@ -21,6 +21,8 @@ use crate::reference::Reference;
 pub struct Staging {
     store: Store,
     work: WorkDir,
+    /// Blobs of the layers that are held: their images may have gone when the rest has come.
+    held: KeptBlobs,
 }
 
 impl Store {
@@ -35,6 +37,7 @@ impl Store {
         Ok(Staging {
             store: self.clone(),
             work,
+            held: KeptBlobs::new(),
         })
     }
 
@@ -59,17 +62,20 @@ impl Staging {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Corrupt`].
-    pub fn hold_layer(&self, diff_id: &Digest) -> Result<bool> {
-        if self.store.hold_blob(&self.work, diff_id)?.is_none() {
+    pub fn hold_layer(&mut self, diff_id: &Digest) -> Result<bool> {
+        let Some(blob) = self.store.hold_blob(&self.work, diff_id)? else {
             return Ok(false);
-        }
+        };
         let path = staged_layer(&self.work, diff_id);
         match fs::hard_link(self.store.layer_path(diff_id), &path) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(Error::io("link", &path, error)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("link", &path, error));
+            }
+            _ => {}
         }
+        self.held.insert(*diff_id, blob);
+        Ok(true)
     }
 
     /// Loads the image of the manifest with that digest, verified as by [`Store::load`]. Each of `names` has either a
@@ -81,7 +87,7 @@ impl Staging {
         let limits = &self.store.limits;
         let members = Members::open(Source::Path(self.work.path()), &self.work, limits)?;
         let candidate = staged_candidate(&members, manifest, names, limits)?;
-        let mut kept = KeptBlobs::new();
+        let mut kept = self.held;
         let prepared = self
             .store
             .prepare(&members, &self.work, candidate, &mut kept)?;

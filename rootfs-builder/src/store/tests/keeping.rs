@@ -98,6 +98,35 @@ fn removing_takes_names_first_and_shared_layers_last() {
 }
 
 #[test]
+fn a_layer_that_is_held_outlives_its_image() {
+    let bench = Bench::new();
+    let mut layout = bench.layout("l");
+    let (base, top) = (file_layer("base"), file_layer("top"));
+    let old = layout.image(std::slice::from_ref(&base));
+    layout.index(old, Some("old:1"));
+    bench.load(&layout.path).unwrap();
+    let new = layout.image(&[base.clone(), top.clone()]);
+    let manifest: Digest = new["digest"].as_str().unwrap().parse().unwrap();
+
+    let mut staging = bench.store.stage().unwrap();
+    assert!(staging.hold_layer(&Digest::of(&base)).unwrap());
+    assert!(!staging.hold_layer(&Digest::of(&top)).unwrap());
+    bench.store.remove("old:1", false).unwrap();
+    // As from a registry: all but the blob of what is held.
+    let held = layout.blob_path(&Digest::of(&gzip(&base)));
+    for entry in fs::read_dir(layout.path.join("blobs/sha256")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = format!("sha256:{}", path.file_name().unwrap().to_str().unwrap());
+        if path != held {
+            fs::copy(&path, staging.blob_path(&name.parse().unwrap())).unwrap();
+        }
+    }
+    staging.load(&manifest, vec![name("new:1")]).unwrap();
+    assert_eq!(bench.store.get("new:1").unwrap().layers.len(), 2);
+    bench.store.save(&["new:1"], &mut Vec::new()).unwrap();
+}
+
+#[test]
 fn an_image_in_use_stays() {
     let bench = Bench::new();
     let id = bench.load_simple("app", "x");
