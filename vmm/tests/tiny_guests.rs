@@ -250,6 +250,40 @@ fn devices_come_and_go_late() {
 }
 
 #[test]
+fn a_device_that_its_guest_breaks_for_ever_is_told_of_a_few_times() {
+    let Some(kvm) = kvm() else { return };
+    let mut parent = Parent::new();
+    // mov ebx, 0xd0000000 (slot 0)
+    let mut code = vec![0xbb, 0x00, 0x00, 0x00, 0xd0];
+    // Status: reset; driver features: VERSION_1; status: DRIVER_OK, without a queue.
+    for (register, value) in [(0x70, 0), (0x24, 1), (0x20, 1), (0x70, 0xf)] {
+        // mov dword [rbx+register], value
+        code.extend_from_slice(&[0xc7, 0x43, register, value, 0, 0, 0]);
+    }
+    // jmp to the first of them
+    code.extend_from_slice(&[0xeb, 0xe2]);
+    parent.boot(kvm, &code, vec![DeviceConfig::Rng]);
+    let messages: Vec<String> = (0..9)
+        .map(|_| match parent.channel.receive::<Message>().unwrap().0 {
+            Message::Event(Event::DeviceFailed { slot: 0, message }) => message,
+            other => panic!("unexpected packet {other:?}"),
+        })
+        .collect();
+    assert!(messages[0].ends_with("queue 0 is not enabled"));
+    assert!(messages[8].ends_with("no more is told of this slot"));
+    // From here on there are answers only, and the broken device is in none of their ways.
+    for expected in 1..32 {
+        let attached = parent.call(Request::Attach(DeviceConfig::Rng), &[]);
+        assert_eq!(attached, Ok(Response::Attached { slot: expected }));
+        let slots = parent.describe().slots;
+        assert_eq!(slots.len(), expected as usize + 1);
+        assert_eq!((slots[0].slot, slots[0].device.as_str()), (0, "rng"));
+    }
+    parent.call(Request::Stop, &[]).unwrap();
+    assert_eq!(parent.end().0, ExitReason::Stopped);
+}
+
+#[test]
 fn a_saved_guest_goes_on_in_another_machine() {
     let Some(first_kvm) = kvm() else { return };
     let second_kvm = kvm().unwrap();

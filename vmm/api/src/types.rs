@@ -357,10 +357,12 @@ pub enum Event {
     Exited {
         /// Why.
         reason: ExitReason,
-        /// Last output of the guest's console (virtio-console or early serial), at most 16 KiB, lossy UTF-8.
+        /// Last output of the guest's console (virtio-console or early serial), at most 16 KiB, lossy UTF-8
+        /// without control characters but `\n` and `\t`. Empty when it does not fit into the packet.
         console_tail: String,
     },
-    /// A device's back end failed; the guest sees I/O errors.
+    /// A device's back end failed, or its driver broke it; the guest sees I/O errors. A device that
+    /// goes on failing is told of a few times only, of which the last says so.
     DeviceFailed {
         /// Its slot.
         slot: u32,

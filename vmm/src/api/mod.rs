@@ -53,12 +53,7 @@ impl Server {
             .as_ref()
             .map(Machine::console_tail)
             .unwrap_or_default();
-        let event = Event::Exited {
-            reason: reason.clone(),
-            console_tail,
-        };
-        // A parent that is gone needs no news.
-        let _ = self.channel.send(&Message::Event(event), &[]);
+        tell_end(&self.channel, &reason, console_tail);
         reason
     }
 
@@ -170,6 +165,21 @@ impl Server {
     }
 }
 
+/// Tells why the microVM is over, which matters more than the guest's last words.
+fn tell_end(channel: &Channel, reason: &ExitReason, console_tail: String) {
+    let tell = |console_tail| {
+        let event = Event::Exited {
+            reason: reason.clone(),
+            console_tail,
+        };
+        channel.send(&Message::Event(event), &[])
+    };
+    // A parent that is gone needs no news.
+    if let Err(ChannelError::TooLarge { .. }) = tell(console_tail) {
+        let _ = tell(String::new());
+    }
+}
+
 /// The process' exit status for each reason, as [`ExitReason`] documents it.
 pub fn exit_status(reason: &ExitReason) -> i32 {
     match reason {
@@ -178,5 +188,24 @@ pub fn exit_status(reason: &ExitReason) -> i32 {
         ExitReason::TripleFault => 11,
         ExitReason::VcpuFailed { .. } => 12,
         ExitReason::Internal { .. } => 13,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_is_told_whatever_the_last_words() {
+        for (words, told) in [("bye".to_owned(), "bye"), ("\u{1}".repeat(16 << 10), "")] {
+            let (ours, theirs) = Channel::pair().unwrap();
+            tell_end(&ours, &ExitReason::GuestPanic, words);
+            let (message, _) = theirs.receive::<Message>().unwrap();
+            let expected = Event::Exited {
+                reason: ExitReason::GuestPanic,
+                console_tail: told.into(),
+            };
+            assert_eq!(message, Message::Event(expected));
+        }
     }
 }

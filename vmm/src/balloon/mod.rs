@@ -40,6 +40,9 @@ const STATE_VERSION: u16 = 1;
 const FRAME_BYTES: u64 = 4096;
 const FRAMES_PER_MIB: u32 = 256;
 
+/// Most bytes of frame numbers in one request: each may cost a system call. Linux sends 1 KiB.
+const MAX_INFLATE_BYTES: u64 = 4096;
+
 /// Offset of `actual` in the configuration space; `num_pages` precedes it.
 const CONFIG_ACTUAL: u64 = 4;
 
@@ -143,7 +146,7 @@ impl Balloon {
                 },
                 changed,
             }),
-            ram,
+            ram: join(ram),
             told: 0,
         })
     }
@@ -174,6 +177,12 @@ impl Balloon {
     /// A request of the inflate queue: an array of little-endian frame numbers.
     fn inflate(&self, memory: &GuestMemory, chain: &Chain) -> Result<(), DeviceError> {
         let mut reader = chain.reader(memory);
+        if reader.remaining() > MAX_INFLATE_BYTES {
+            return Err(DeviceError::Backend(format!(
+                "the guest gives up pages by a list of {} bytes: at most {MAX_INFLATE_BYTES} are possible",
+                reader.remaining()
+            )));
+        }
         // Consecutive frames go back by one call, whether they are listed upwards or downwards.
         let mut run: Option<(u64, u64)> = None;
         while reader.remaining() >= 4 {
@@ -219,19 +228,29 @@ impl Balloon {
         let Some(queue) = queues.get_mut(index).and_then(Option::as_mut) else {
             return Ok(());
         };
-        while let Some(chain) = queue.pop(memory)? {
+        queue.serve(memory, interrupt, |chain| {
             match index {
-                INFLATE => self.inflate(memory, &chain)?,
-                REPORTING => self.report(memory, &chain)?,
+                INFLATE => self.inflate(memory, chain)?,
+                REPORTING => self.report(memory, chain)?,
                 // Deflation: the guest's accesses bring the pages back.
                 _ => {}
             }
-            queue.complete(memory, chain.into_head(), 0)?;
-            // Reporting waits for each answer.
-            queue.signal(memory, interrupt)?;
-        }
-        Ok(())
+            Ok(0)
+        })
     }
+}
+
+/// The ranges with adjacent ones made one: what the guest gives up may cross from one to the next.
+fn join(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    ranges.dedup_by(|next, last| {
+        let adjacent = last.0 + last.1 == next.0;
+        if adjacent {
+            last.1 += next.1;
+        }
+        adjacent
+    });
+    ranges
 }
 
 impl Device for Balloon {
@@ -300,6 +319,8 @@ impl Device for Balloon {
         let config = &self.shared.config;
         config.wanted.store(saved.wanted_frames, Ordering::Release);
         config.actual.store(saved.actual_frames, Ordering::Release);
+        // The driver may not have been told of the size yet.
+        config.generation.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
 }

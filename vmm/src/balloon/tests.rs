@@ -45,6 +45,15 @@ fn frames(offsets: &[i64]) -> Vec<u8> {
         .collect()
 }
 
+/// Until the driver is told that the configuration has changed.
+fn wait_for_announcement(driver: &TestDriver<Balloon>) {
+    let start = Instant::now();
+    while driver.interrupt.status() & 2 == 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 #[test]
 fn inflated_pages_go_back_and_no_others() {
     let (mut driver, _) = start();
@@ -87,6 +96,30 @@ fn frames_outside_ram_are_refused() {
 }
 
 #[test]
+fn a_run_may_cross_to_an_adjacent_range() {
+    let border = PAGE + 2 * FRAME_BYTES;
+    let ranges = vec![(border, MEMORY_BYTES as u64 - border), (0, border)];
+    let mut driver = TestDriver::start(Balloon::new(ranges).unwrap(), 0);
+    fill(&driver, 4);
+    driver.request(INFLATE, &[Buffer::Readable(&frames(&[1, 2]))]);
+    assert_eq!(contents(&driver, 4), [0xaa, 0, 0, 0xaa]);
+    // A hole is one.
+    assert_eq!(join(vec![(0, 2), (3, 1)]), [(0, 2), (3, 1)]);
+}
+
+#[test]
+fn long_lists_are_refused() {
+    let (mut driver, _) = start();
+    fill(&driver, 1);
+    driver.request(INFLATE, &[Buffer::Readable(&frames(&[1; 1024]))]);
+    driver.push(INFLATE, &[Buffer::Readable(&frames(&[0; 1025]))]);
+    driver.queues[INFLATE].kick();
+    let error = driver.join().unwrap_err().to_string();
+    assert!(error.contains("list of 4100 bytes"), "{error}");
+    assert_eq!(contents(&driver, 1), [0xaa]);
+}
+
+#[test]
 fn reported_pages_go_back() {
     let (mut driver, _) = start();
     fill(&driver, 4);
@@ -114,11 +147,7 @@ fn parts_of_pages_are_not_reported() {
 fn a_new_size_is_announced() {
     let (mut driver, handle) = start();
     handle.set_mib(64).unwrap();
-    let start = Instant::now();
-    while driver.interrupt.status() & 2 == 0 {
-        assert!(start.elapsed() < Duration::from_secs(10), "no interrupt");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_for_announcement(&driver);
     driver.pause().unwrap();
     let config = driver.device().config();
     let mut bytes = [0; 8];
@@ -152,4 +181,8 @@ fn the_state_travels() {
         ..state
     };
     assert!(other.restore(&newer).is_err());
+    // The size may have changed while it was paused.
+    let mut driver = TestDriver::start(other, 0);
+    wait_for_announcement(&driver);
+    driver.pause().unwrap();
 }

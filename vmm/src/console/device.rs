@@ -84,11 +84,9 @@ impl Device for Console {
         let interrupt = active.interrupt.clone();
         loop {
             let queue = active.queue(TRANSMIT)?;
-            while let Some(chain) = queue.pop(&memory)? {
-                self.print(&mut chain.reader(&memory))?;
-                queue.complete(&memory, chain.into_head(), 0)?;
-            }
-            queue.signal(&memory, &interrupt)?;
+            queue.serve(&memory, &interrupt, |chain| {
+                self.print(&mut chain.reader(&memory)).map(|()| 0)
+            })?;
             if !active.wait(&[TRANSMIT])? {
                 return Ok(());
             }

@@ -22,11 +22,15 @@ impl Tail {
         ring.extend(bytes);
     }
 
-    /// What is kept, as text.
+    /// What is kept, as text without control characters but line ends and tabs: nothing for a
+    /// terminal to obey, and nothing that gets six times as long as a JSON string.
     pub fn text(&self) -> String {
         let ring = self.lock();
         let (front, back) = ring.as_slices();
-        String::from_utf8_lossy(&[front, back].concat()).into_owned()
+        String::from_utf8_lossy(&[front, back].concat())
+            .chars()
+            .filter(|character| matches!(character, '\n' | '\t') || !character.is_control())
+            .collect()
     }
 
     /// Whether Linux reported a panic.
@@ -56,5 +60,18 @@ mod tests {
         tail.push(&[b'b'; 3 * TAIL_BYTES]);
         assert_eq!(tail.text(), "b".repeat(TAIL_BYTES));
         assert!(!tail.holds_panic());
+    }
+
+    #[test]
+    fn control_characters_are_left_out() {
+        let tail = Tail::default();
+        tail.push("a\r\n\tb\u{1}\u{1b}[0m\u{7f}\u{9b}ä\"".as_bytes());
+        assert_eq!(tail.text(), "a\n\tb[0mä\"");
+        // As JSON no byte is more than three.
+        for byte in [0, 1, b'\n', b'"', 0xff] {
+            tail.push(&[byte; TAIL_BYTES]);
+            let json = serde_json::to_vec(&tail.text()).unwrap();
+            assert!(json.len() <= 3 * TAIL_BYTES + 2, "{byte}");
+        }
     }
 }

@@ -2,14 +2,9 @@
 //! FUSE request (`include/uapi/linux/fuse.h`), so that no process of the guest
 //! waits for ever.
 
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::Errno,
-};
-
 use crate::{
     memory::GuestMemory,
-    virtio::{Active, ActiveQueue, Chain, DeviceError, Interrupt, event_fd},
+    virtio::{Active, Chain, DeviceError},
 };
 
 /// fuse_in_header.
@@ -22,47 +17,18 @@ const BATCH_FORGET: u32 = 42;
 
 /// Answers until `active.stop` is readable.
 pub(super) fn answer(active: &mut Active) -> Result<(), DeviceError> {
-    let Active {
-        memory,
-        queues,
-        interrupt,
-        stop,
-        ..
-    } = active;
+    let (memory, interrupt) = (active.memory.clone(), active.interrupt.clone());
+    let enabled: Vec<usize> = (0..active.queues.len())
+        .filter(|index| active.queues[*index].is_some())
+        .collect();
     loop {
-        for queue in queues.iter_mut().flatten() {
-            refuse_all(queue, memory, interrupt)?;
+        for queue in active.queues.iter_mut().flatten() {
+            queue.serve(&memory, &interrupt, |chain| refuse(chain, &memory))?;
         }
-        let mut fds: Vec<_> = queues
-            .iter()
-            .flatten()
-            .map(|queue| PollFd::from_borrowed_fd(event_fd(queue.kick()), PollFlags::IN))
-            .collect();
-        fds.push(PollFd::from_borrowed_fd(event_fd(stop), PollFlags::IN));
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(error) => return Err(DeviceError::io("poll")(error)),
-        }
-        if fds.last().is_some_and(|fd| !fd.revents().is_empty()) {
+        if !active.wait(&enabled)? {
             return Ok(());
         }
-        for queue in queues.iter().flatten() {
-            // Nothing to read is as good.
-            let _ = queue.kick().read();
-        }
     }
-}
-
-fn refuse_all(
-    queue: &mut ActiveQueue,
-    memory: &GuestMemory,
-    interrupt: &Interrupt,
-) -> Result<(), DeviceError> {
-    while let Some(chain) = queue.pop(memory)? {
-        let written = refuse(&chain, memory)?;
-        queue.complete(memory, chain.into_head(), written)?;
-    }
-    Ok(queue.signal(memory, interrupt)?)
 }
 
 /// Writes the error; the number of bytes written.

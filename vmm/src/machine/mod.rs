@@ -5,12 +5,13 @@ mod devices;
 mod error;
 mod fds;
 mod kvm;
+mod lines;
 mod notice;
 mod saving;
 mod stages;
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fs::File,
     ops::Range,
     sync::{
@@ -32,6 +33,7 @@ pub use notice::{Notice, Notices};
 pub use stages::Stages;
 
 use devices::{Controls, map_pmem};
+use lines::Lines;
 
 use crate::{
     arch,
@@ -41,7 +43,7 @@ use crate::{
     memory::{GuestMemory, MemoryLayout},
     pmem::Pmem,
     vcpu::{RunningVcpu, Vcpu},
-    virtio::{Device, INTERRUPT_ACK, QUEUE_NOTIFY, Transport, TransportState},
+    virtio::{Device, INTERRUPT_ACK, QUEUE_NOTIFY, Transport, TransportState, View},
 };
 
 /// Most vCPUs of a guest (`CONFIG_NR_CPUS` of the guest kernel).
@@ -62,6 +64,9 @@ pub struct Machine {
     vcpu_config: VcpuConfig,
     memory_config: MemoryConfig,
     bus: Arc<Bus>,
+    /// The devices in slots; looking at one here waits for no vCPU.
+    filled: BTreeMap<u32, View>,
+    lines: Lines,
     notices: Arc<Notices>,
     tail: Tail,
     controls: Controls,
@@ -135,6 +140,8 @@ impl Machine {
             memory_config,
             bus: Arc::new(Bus::new(tail.clone(), read_only_memory(&memory))),
             memory,
+            filled: BTreeMap::new(),
+            lines: Lines::default(),
             notices,
             tail,
             controls: Controls::default(),
@@ -159,18 +166,23 @@ impl Machine {
     /// driver is bound.
     pub fn detach(&mut self, slot: u32) -> Result<(), MachineError> {
         let absent = || MachineError::Invalid(format!("slot {slot} holds no device"));
-        let mut content = self.bus.slot(slot).ok_or_else(absent)?;
-        let transport = content.take_if(|transport| transport.is_unbound());
-        let Some(transport) = transport else {
-            return Err(match content.as_ref() {
-                None => absent(),
-                Some(transport) => MachineError::State(format!(
-                    "slot {slot}: the guest's driver still uses the device \"{}\"; unbind it first",
-                    transport.name()
-                )),
-            });
+        let view = self.filled.get(&slot).ok_or_else(absent)?;
+        let bound = || {
+            MachineError::State(format!(
+                "slot {slot}: the guest's driver still uses the device \"{}\"; unbind it first",
+                view.name()
+            ))
         };
-        drop(content);
+        // Looked at before the slot is locked: the driver may be waiting there for its reset.
+        if !view.is_unbound() {
+            return Err(bound());
+        }
+        let transport = self
+            .bus
+            .slot(slot)
+            .and_then(|mut content| content.take_if(|transport| transport.view().is_unbound()))
+            .ok_or_else(bound)?;
+        self.filled.remove(&slot);
         match transport.name() {
             "balloon" => self.controls.balloon = None,
             "mem" => self.controls.mem = None,
@@ -258,14 +270,11 @@ impl Machine {
 
     /// What the API tells of the microVM.
     pub fn describe(&self, stages: Vec<(String, u64)>) -> Description {
-        let mut slots = Vec::new();
-        self.for_each_device(|slot, transport| {
-            slots.push(SlotDescription {
-                slot,
-                device: transport.name().into(),
-                active: transport.is_active(),
-                requests: transport.completed(),
-            });
+        let slots = self.filled.iter().map(|(slot, device)| SlotDescription {
+            slot: *slot,
+            device: device.name().into(),
+            active: device.is_active(),
+            requests: device.completed(),
         });
         let exits = self.exits.iter();
         Description {
@@ -276,7 +285,7 @@ impl Machine {
             },
             vcpus: self.vcpu_config,
             memory: self.memory_config,
-            slots,
+            slots: slots.collect(),
             slot_count: SLOT_COUNT,
             balloon_mib: self
                 .controls
@@ -310,15 +319,16 @@ impl Machine {
     }
 
     fn free_slot(&self) -> Result<u32, MachineError> {
-        let free = |slot: &u32| self.bus.slot(*slot).is_some_and(|slot| slot.is_none());
-        (0..SLOT_COUNT).find(free).ok_or_else(|| {
-            MachineError::Exhausted(format!("all {SLOT_COUNT} device slots are filled"))
-        })
+        (0..SLOT_COUNT)
+            .find(|slot| !self.filled.contains_key(slot))
+            .ok_or_else(|| {
+                MachineError::Exhausted(format!("all {SLOT_COUNT} device slots are filled"))
+            })
     }
 
     /// Puts a device into a slot and connects it to KVM; `saved` is taken over first.
     fn fill(
-        &self,
+        &mut self,
         slot: u32,
         device: Box<dyn Device>,
         saved: Option<&TransportState>,
@@ -328,7 +338,8 @@ impl Machine {
         let mut content =
             free.ok_or_else(|| MachineError::Invalid(format!("slot {slot} is not free")))?;
         let on_failure = self.reporter(slot, name).by_error();
-        let mut transport = Transport::new(device, self.memory.clone(), on_failure)
+        let line = self.lines.of(slot, &self.vm)?;
+        let mut transport = Transport::new(device, self.memory.clone(), line, on_failure)
             .map_err(MachineError::io("making a device's events and thread"))?;
         self.wire(slot, &transport)?;
         if let Some(saved) = saved {
@@ -336,6 +347,8 @@ impl Machine {
                 .restore(saved)
                 .map_err(MachineError::device(name))?;
         }
+        self.filled.insert(slot, transport.view());
+        self.notices.forget(slot);
         *content = Some(transport);
         Ok(())
     }
@@ -350,10 +363,7 @@ impl Machine {
         let acknowledge = IoEventAddress::Mmio(bus::slot_address(slot) + INTERRUPT_ACK);
         self.vm
             .register_ioevent(transport.acknowledged(), &acknowledge, NoDatamatch)
-            .map_err(MachineError::kvm("KVM_IOEVENTFD"))?;
-        self.vm
-            .register_irqfd(transport.interrupt().irqfd(), bus::slot_interrupt(slot))
-            .map_err(MachineError::kvm("KVM_IRQFD"))
+            .map_err(MachineError::kvm("KVM_IOEVENTFD"))
     }
 
     fn unwire(&self, slot: u32, transport: &Transport) -> Result<(), MachineError> {
@@ -366,10 +376,7 @@ impl Machine {
         let acknowledge = IoEventAddress::Mmio(bus::slot_address(slot) + INTERRUPT_ACK);
         self.vm
             .unregister_ioevent(transport.acknowledged(), &acknowledge, NoDatamatch)
-            .map_err(MachineError::kvm("KVM_IOEVENTFD (deassign)"))?;
-        self.vm
-            .unregister_irqfd(transport.interrupt().irqfd(), bus::slot_interrupt(slot))
-            .map_err(MachineError::kvm("KVM_IRQFD (deassign)"))
+            .map_err(MachineError::kvm("KVM_IOEVENTFD (deassign)"))
     }
 
     fn for_each_device(&self, mut visit: impl FnMut(u32, &mut Transport)) {

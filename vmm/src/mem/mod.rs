@@ -325,11 +325,7 @@ impl Device for Mem {
         let interrupt = active.interrupt.clone();
         loop {
             let queue = active.queue(0)?;
-            while let Some(chain) = queue.pop(&memory)? {
-                let written = self.answer(&memory, &chain)?;
-                queue.complete(&memory, chain.into_head(), written)?;
-                queue.signal(&memory, &interrupt)?;
-            }
+            queue.serve(&memory, &interrupt, |chain| self.answer(&memory, chain))?;
             let generation = shared.generation();
             if generation != self.told {
                 self.told = generation;
@@ -379,6 +375,8 @@ impl Device for Mem {
         self.shared
             .requested
             .store(saved.requested_bytes, Ordering::Release);
+        // The driver may not have been told of the size yet.
+        self.shared.generation.fetch_add(1, Ordering::AcqRel);
         self.blocks = blocks;
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use crate::{
     memory::GuestMemory,
-    virtio::{ActiveQueue, Chain, DeviceError},
+    virtio::{ActiveQueue, Chain, DeviceError, Interrupt},
 };
 
 const CLASS_MQ: u8 = 4;
@@ -11,21 +11,21 @@ const MQ_PAIRS_SET: u8 = 0;
 const OK: u8 = 0;
 const ERROR: u8 = 1;
 
-/// Answers all commands. The number of pairs if the driver has set it, at most `max`.
+/// A turn of answering commands. The number of pairs if the driver has set it, at most `max`.
 pub(super) fn serve(
     queue: &mut ActiveQueue,
     memory: &GuestMemory,
+    interrupt: &Interrupt,
     max: u16,
 ) -> Result<Option<u16>, DeviceError> {
     let mut pairs = None;
-    while let Some(chain) = queue.pop(memory)? {
-        let wanted = command(&chain, memory)?.filter(|wanted| (1..=max).contains(wanted));
+    queue.serve(memory, interrupt, |chain| {
+        let wanted = command(chain, memory)?.filter(|wanted| (1..=max).contains(wanted));
         let mut writer = chain.writer(memory);
         writer.write(&[if wanted.is_some() { OK } else { ERROR }])?;
-        let written = writer.written();
-        queue.complete(memory, chain.into_head(), written)?;
         pairs = wanted.or(pairs);
-    }
+        Ok(writer.written())
+    })?;
     Ok(pairs)
 }
 

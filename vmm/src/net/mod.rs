@@ -270,8 +270,8 @@ impl Net {
         let Some(queue) = queue else {
             return Ok(false);
         };
-        let set = control::serve(queue, &active.memory, self.config.max_pairs)?;
-        queue.signal(&active.memory, &active.interrupt)?;
+        let max = self.config.max_pairs;
+        let set = control::serve(queue, &active.memory, &active.interrupt, max)?;
         self.used_pairs = set.unwrap_or(self.used_pairs);
         Ok(set.is_some())
     }

@@ -68,10 +68,16 @@ pub(super) struct Pair {
     pending: VecDeque<Chain>,
     /// Bytes of `pending`.
     room: u64,
-    iovecs: Vec<libc::iovec>,
+    /// All segments of `pending` in their order, so that a small frame does not cost a walk over
+    /// the buffers that the longest one would need. They point into the memory of the run that
+    /// took the buffers; `put_back` forgets both at its end.
+    receiving: Vec<libc::iovec>,
+    /// Segments of the frame that is being sent.
+    sending: Vec<libc::iovec>,
 }
 
-// SAFETY: the pointers in `iovecs` are only used by the call that has put them there; the rest is Send.
+// SAFETY: the pointers in `receiving` and `sending` are of guest memory, which is mapped for all threads alike and
+// which nobody holds references to; the rest is Send.
 unsafe impl Send for Pair {}
 
 impl Pair {
@@ -80,7 +86,8 @@ impl Pair {
             tap,
             pending: VecDeque::new(),
             room: 0,
-            iovecs: Vec::new(),
+            receiving: Vec::new(),
+            sending: Vec::new(),
         }
     }
 
@@ -99,20 +106,12 @@ impl Pair {
             if !self.take_buffers(&mut direction, needed, merge)? {
                 return Ok(Waiting::Driver);
             }
-            self.iovecs.clear();
-            for chain in &self.pending {
-                let left = MAX_IOVECS - self.iovecs.len();
-                let segments = chain.writable();
-                let segments = &segments[..segments.len().min(left)];
-                append_iovecs(direction.memory, segments, 0, u64::MAX, &mut self.iovecs)
-                    .map_err(ChainError::from)?;
-                if !merge {
-                    break;
-                }
-            }
+            // Without merging, `pending` is one buffer.
+            let iovecs = &self.receiving[..self.receiving.len().min(MAX_IOVECS)];
             // SAFETY: the iovecs are of checked segments of guest memory, which is only reached
-            // through volatile accesses.
-            let received = match unsafe { self.tap.receive(&self.iovecs) } {
+            // through volatile accesses. That memory is still mapped: all of `receiving` was added
+            // in this run of the device, whose `Active` holds the memory until the run is over.
+            let received = match unsafe { self.tap.receive(iovecs) } {
                 Ok(count) => count as u64,
                 Err(error) => match failure(&error) {
                     Some(waiting) => return Ok(waiting),
@@ -142,12 +141,13 @@ impl Pair {
             };
             let frame = chain.readable_bytes().saturating_sub(HEADER_BYTES as u64);
             if (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame) {
-                self.iovecs.clear();
+                self.sending.clear();
                 let segments = chain.readable();
-                append_iovecs(direction.memory, segments, 0, u64::MAX, &mut self.iovecs)
+                append_iovecs(direction.memory, segments, 0, u64::MAX, &mut self.sending)
                     .map_err(ChainError::from)?;
-                // SAFETY: as in `receive`.
-                if let Err(error) = unsafe { self.tap.send(&self.iovecs) } {
+                // SAFETY: the iovecs are of checked segments of `direction.memory`, which is only
+                // reached through volatile accesses.
+                if let Err(error) = unsafe { self.tap.send(&self.sending) } {
                     match failure(&error) {
                         Some(Waiting::Tap) => {
                             direction.queue.undo_pop(chain);
@@ -177,6 +177,7 @@ impl Pair {
             }
         }
         self.pending.clear();
+        self.receiving.clear();
         self.room = 0;
     }
 
@@ -206,6 +207,9 @@ impl Pair {
                     left: bytes,
                 }));
             }
+            let (memory, segments) = (direction.memory, chain.writable());
+            append_iovecs(memory, segments, 0, u64::MAX, &mut self.receiving)
+                .map_err(ChainError::from)?;
             self.room += bytes;
             self.pending.push_back(chain);
         }
@@ -233,10 +237,12 @@ impl Pair {
             writer.write(&buffers.to_le_bytes())?;
         }
         let mut left = received;
+        let mut segments = 0;
         for _ in 0..buffers {
             let Some(chain) = self.pending.pop_front() else {
                 break;
             };
+            segments += chain.writable().len();
             self.room -= chain.writable_bytes();
             let filled = chain.writable_bytes().min(left);
             left -= filled;
@@ -245,6 +251,7 @@ impl Pair {
                 .queue
                 .complete(direction.memory, chain.into_head(), filled as u32)?;
         }
+        self.receiving.drain(..segments);
         Ok(())
     }
 }

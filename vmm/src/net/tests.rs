@@ -2,6 +2,7 @@
 //! plays the host. They need root and /dev/net/tun, as a host with networking has.
 
 use std::{
+    collections::VecDeque,
     fs::OpenOptions,
     os::fd::{AsRawFd, FromRawFd},
     sync::Mutex,
@@ -251,6 +252,48 @@ fn a_frame_is_merged_from_small_buffers() {
     assert_eq!(received, sent);
     let filled = HEADER_BYTES + sent.len();
     assert_eq!(header[10..], (filled.div_ceil(200) as u16).to_le_bytes());
+}
+
+#[test]
+fn frames_of_all_lengths_find_the_buffers_in_their_order() {
+    const PARTS: [u32; 3] = [50, 100, 50];
+    let (mut driver, host) = start(F_MRG_RXBUF);
+    let mut requests = VecDeque::new();
+    for round in 0..100u16 {
+        while requests.len() < 32 {
+            requests.push_back(driver.push(RX, &PARTS.map(Buffer::Writable)));
+        }
+        driver.queues[RX].kick();
+        if round % 10 == 9 {
+            // Buffers go back and are taken anew.
+            driver.pause().unwrap();
+            driver.resume();
+        }
+        let length = usize::from(round) * 37 % 1400;
+        let sent = frame(&(0..length).map(|index| index as u8).collect::<Vec<_>>());
+        host_send(&host, &sent);
+        // What else there is on the link comes before it.
+        loop {
+            let mut bytes = Vec::new();
+            let mut buffers = 1;
+            while buffers > 0 {
+                let (head, filled) = driver.wait_used(RX);
+                let request = requests.pop_front().unwrap();
+                assert_eq!(head, request.head);
+                let part = driver.read_writable(&request);
+                if bytes.is_empty() {
+                    buffers = u16::from_le_bytes([part[10], part[11]]);
+                }
+                bytes.extend(&part[..filled as usize]);
+                buffers -= 1;
+            }
+            let received = bytes.split_off(HEADER_BYTES);
+            if is_ours(&received) {
+                assert_eq!(received, sent);
+                break;
+            }
+        }
+    }
 }
 
 #[test]

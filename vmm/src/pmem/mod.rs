@@ -145,11 +145,7 @@ impl Device for Pmem {
         let interrupt = active.interrupt.clone();
         loop {
             let queue = active.queue(0)?;
-            while let Some(chain) = queue.pop(&memory)? {
-                let written = self.answer(&memory, &chain)?;
-                queue.complete(&memory, chain.into_head(), written)?;
-                queue.signal(&memory, &interrupt)?;
-            }
+            queue.serve(&memory, &interrupt, |chain| self.answer(&memory, chain))?;
             if !active.wait(&[0])? {
                 return Ok(());
             }

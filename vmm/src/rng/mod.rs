@@ -42,8 +42,7 @@ impl Device for Rng {
         let interrupt = active.interrupt.clone();
         let mut buffer = [0; MAX_BYTES];
         loop {
-            let queue = active.queue(0)?;
-            while let Some(chain) = queue.pop(&memory)? {
+            active.queue(0)?.serve(&memory, &interrupt, |chain| {
                 // At most MAX_BYTES.
                 let count = chain.writable_bytes().min(MAX_BYTES as u64) as usize;
                 let bytes = &mut buffer[..count];
@@ -52,10 +51,8 @@ impl Device for Rng {
                     .map_err(DeviceError::io("getrandom"))?;
                 let mut writer = chain.writer(&memory);
                 writer.write(bytes)?;
-                let written = writer.written();
-                queue.complete(&memory, chain.into_head(), written)?;
-            }
-            queue.signal(&memory, &interrupt)?;
+                Ok(writer.written())
+            })?;
             if !active.wait(&[0])? {
                 return Ok(());
             }

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{
     Active, ActiveQueue, ConfigSpace, Device, DeviceError, DeviceState, Interrupt, QueueError,
-    QueueSetup, RingAddresses,
+    QueueSetup, RingAddresses, View,
     worker::{OnFailure, Worker},
 };
 use crate::memory::GuestMemory;
@@ -41,8 +41,8 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_VERSION_1: u64 = 1 << 32;
 
 const STATUS_FEATURES_OK: u32 = 8;
-const STATUS_ACKNOWLEDGE: u32 = 1;
-const STATUS_DRIVER_OK: u32 = 4;
+pub(super) const STATUS_ACKNOWLEDGE: u32 = 1;
+pub(super) const STATUS_DRIVER_OK: u32 = 4;
 const STATUS_NEEDS_RESET: u32 = 0x40;
 
 /// What one queue is configured to, before `DRIVER_OK`.
@@ -110,13 +110,15 @@ pub struct Transport {
 
 impl Transport {
     /// A transport for `device`, whose driver is not there yet. Starts the device's thread, which
-    /// waits. `on_failure` gets the reason when the device fails.
+    /// waits. `line` is the event of its interrupt line; `on_failure` gets the reason when the device
+    /// fails.
     ///
     /// # Errors
     /// Those of eventfd(2) and of starting a thread.
     pub fn new(
         device: Box<dyn Device>,
         memory: GuestMemory,
+        line: EventFd,
         on_failure: OnFailure,
     ) -> std::io::Result<Self> {
         let queue_sizes = device.queue_sizes().to_vec();
@@ -124,7 +126,7 @@ impl Transport {
             .iter()
             .map(|_| eventfd())
             .collect::<Result<_, _>>()?;
-        let interrupt = Interrupt::new(eventfd()?);
+        let interrupt = Interrupt::new(line);
         let status = Arc::new(AtomicU32::new(0));
         let name = device.name();
         let worker = {
@@ -163,9 +165,13 @@ impl Transport {
         self.name
     }
 
-    /// Requests completed.
-    pub fn completed(&self) -> u64 {
-        self.completed.load(Ordering::Relaxed)
+    /// For looking at it from outside.
+    pub fn view(&self) -> View {
+        View {
+            name: self.name,
+            status: self.status.clone(),
+            completed: self.completed.clone(),
+        }
     }
 
     /// The event of each queue's notification, for ioeventfds.
@@ -173,25 +179,9 @@ impl Transport {
         &self.kicks
     }
 
-    /// The interrupt line, for an irqfd.
-    pub fn interrupt(&self) -> &Interrupt {
-        &self.interrupt
-    }
-
     /// Takes the driver's writes to `InterruptACK`, for an ioeventfd. Nobody reads it.
     pub fn acknowledged(&self) -> &EventFd {
         &self.acknowledged
-    }
-
-    /// A driver set DRIVER_OK and has not reset the device.
-    pub fn is_active(&self) -> bool {
-        self.status() & STATUS_DRIVER_OK != 0
-    }
-
-    /// No driver has taken the device since its reset. Linux acknowledges a device again after its
-    /// driver has gone.
-    pub fn is_unbound(&self) -> bool {
-        self.status() & !STATUS_ACKNOWLEDGE == 0
     }
 
     /// The guest reads from the slot.
@@ -451,7 +441,7 @@ impl Transport {
             registers: self.registers.clone(),
             status: self.status(),
             interrupt_status: self.interrupt.status(),
-            completed: self.completed(),
+            completed: self.completed.load(Ordering::Relaxed),
             active: positions,
             device_state: device.save()?,
         })

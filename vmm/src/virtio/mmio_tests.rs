@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::{
     Active, ConfigSpace, Device, DeviceError, DeviceState, F_EVENT_IDX, F_INDIRECT_DESC,
     F_VERSION_1, INTERRUPT_ACK, Transport,
@@ -102,8 +104,9 @@ impl Guest {
         let on_failure = Box::new(move |error: &DeviceError| {
             sender.lock().unwrap().send(error.to_string()).unwrap();
         });
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let transport =
-            Transport::new(Box::<Counter>::default(), memory.clone(), on_failure).unwrap();
+            Transport::new(Box::<Counter>::default(), memory.clone(), line, on_failure).unwrap();
         Self {
             queue: TestQueue::new(&memory, 0, SIZE),
             memory,
@@ -216,7 +219,7 @@ fn identity_features_and_configuration_can_be_read() {
 fn requests_are_served_and_interrupts_acknowledged() {
     let mut guest = Guest::new();
     guest.start();
-    assert!(guest.transport.is_active() && !guest.transport.is_unbound());
+    assert!(guest.transport.view().is_active() && !guest.transport.view().is_unbound());
     guest.push(0);
     assert_eq!(guest.wait_used(), (0, 1));
     let start = Instant::now();
@@ -230,7 +233,7 @@ fn requests_are_served_and_interrupts_acknowledged() {
     // Where KVM swallows it, it does not come at all.
     guest.write(INTERRUPT_ACK, 1);
     assert_eq!(guest.read(0x60), 0);
-    assert_eq!(guest.transport.completed(), 1);
+    assert_eq!(guest.transport.view().completed(), 1);
 }
 
 #[test]
@@ -241,7 +244,7 @@ fn features_must_be_offered_and_modern() {
         assert_eq!(guest.status() & FEATURES_OK, 0, "{features:#x}");
         guest.set_up_queue(SIZE.into());
         guest.write(0x70, ACKNOWLEDGE | DRIVER | DRIVER_OK);
-        assert!(!guest.transport.is_active());
+        assert!(!guest.transport.view().is_active());
     }
 }
 
@@ -297,7 +300,7 @@ fn a_broken_request_needs_a_reset_and_gets_it() {
     guest.transport.pause();
     guest.transport.resume();
     guest.write(0x70, 0);
-    assert!(guest.transport.is_unbound());
+    assert!(guest.transport.view().is_unbound());
     guest.queue = TestQueue::fresh(&guest.memory, 0, SIZE);
     guest.start();
     guest.push(1);
@@ -342,10 +345,10 @@ fn saved_transports_go_on_elsewhere() {
     let mut second = Guest::with_memory(guest.memory.clone());
     second.transport.restore(&state).unwrap();
     second.queue = guest.queue;
-    assert!(second.transport.is_active());
+    assert!(second.transport.view().is_active());
     second.transport.resume();
     assert_eq!(second.wait_used(), (1, 2));
-    assert_eq!(second.transport.completed(), 2);
+    assert_eq!(second.transport.view().completed(), 2);
 }
 
 #[test]

@@ -13,6 +13,8 @@ mod queue;
 mod queue_tests;
 #[cfg(test)]
 pub mod testing;
+mod turn;
+mod view;
 mod worker;
 
 pub use chain::{Chain, ChainError, Head, Reader, Segment, Writer};
@@ -24,4 +26,5 @@ pub use mmio::{
     TransportState, read_empty,
 };
 pub use queue::{ActiveQueue, QueueError, QueueSetup, RingAddresses};
+pub use view::View;
 pub use worker::OnFailure;
