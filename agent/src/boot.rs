@@ -3,7 +3,10 @@
 use std::{fs, io::ErrorKind, path::Path};
 
 use caisson_protocol::agent::BootStage;
-use rustix::mount::{MountFlags, mount};
+use rustix::{
+    mount::{MountFlags, mount},
+    process::{Resource, Rlimit, setrlimit},
+};
 
 use crate::failure::{During, Result};
 
@@ -24,6 +27,10 @@ pub const PUBLISHED_DIR: &str = "/run/caisson/published";
 
 /// Shared memory of the pod, bound to every container's /dev/shm.
 pub const SHM_DIR: &str = "/dev/shm";
+
+/// Descriptors that a process may have open unless its container's specification says otherwise:
+/// what container runtimes' services have elsewhere, and the kernel's own bound by default.
+const DESCRIPTORS: u64 = 1 << 20;
 
 /// When the guest reached which stage.
 #[derive(Debug, Clone, Default)]
@@ -157,6 +164,7 @@ pub fn mount_all() -> Result<()> {
     }
     ready_cgroups()?;
     protect_self();
+    raise_limits();
     Ok(())
 }
 
@@ -188,5 +196,50 @@ fn ready_cgroups() -> Result<()> {
 fn protect_self() {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
         log::warn!("cannot protect the agent from the out-of-memory killer: {error}");
+    }
+}
+
+/// What containers inherit unless their specification says otherwise. The kernel's defaults are
+/// for 1992 (1024 descriptors) and for the memory at boot, which may grow (processes of a user).
+fn raise_limits() {
+    let most = fs::read_to_string("/proc/sys/fs/nr_open");
+    for (resource, value) in [
+        (
+            Resource::Nofile,
+            Some(descriptors(&most.unwrap_or_default())),
+        ),
+        (Resource::Nproc, None),
+    ] {
+        let limit = Rlimit {
+            current: value,
+            maximum: value,
+        };
+        if let Err(error) = setrlimit(resource, limit) {
+            log::warn!("containers get the kernel's limit {resource:?}: {error}");
+        }
+    }
+    // Of the memory at boot too, and far fewer than one process may have. Open files count as memory
+    // of their container, which bounds them better.
+    if let Err(error) = fs::write("/proc/sys/fs/file-max", i64::MAX.to_string()) {
+        log::warn!("all containers together get the kernel's limit of open files: {error}");
+    }
+}
+
+/// As many as are wanted, if the kernel's bound, "fs.nr_open", allows so many.
+fn descriptors(nr_open: &str) -> u64 {
+    let most = nr_open.trim().parse().unwrap_or(DESCRIPTORS);
+    DESCRIPTORS.min(most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_stay_within_the_kernels_bound() {
+        assert_eq!(descriptors("1048576\n"), 1_048_576);
+        assert_eq!(descriptors("1073741816\n"), 1_048_576);
+        assert_eq!(descriptors("65536\n"), 65536);
+        assert_eq!(descriptors(""), 1_048_576);
     }
 }

@@ -20,6 +20,7 @@ use caisson_protocol::{
     agent_ttrpc::{Agent, create_agent},
     ports,
 };
+use tokio::time::Instant;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL, VsockAddr, VsockListener};
 use ttrpc::r#async::{TtrpcContext, transport::Listener};
 
@@ -31,6 +32,9 @@ use crate::{
     failure::{During, Failure, Result},
     forward, huge_pages, oom, reaper, resources, sandbox,
 };
+
+/// Longest that the first steps of a process may take when the caller names no end.
+const FIRST_STEPS_LIMIT: Duration = Duration::from_secs(60);
 
 /// Longest that a poll for events may wait.
 const MAX_POLL: Duration = Duration::from_secs(300);
@@ -45,6 +49,32 @@ struct Service {
     stages: Stages,
     /// As last configured.
     names: Mutex<sandbox::Names>,
+}
+
+impl Service {
+    /// Does the whole of `work` even if the caller gives up on it: ttrpc drops a method in its
+    /// midst when the caller's deadline is over, which must leave nothing half made.
+    async fn whole<T: Send + 'static, F: Future<Output = Result<T>> + Send + 'static>(
+        &self,
+        work: impl FnOnce(Arc<Manager>) -> F,
+    ) -> Result<T> {
+        tokio::spawn(work(self.manager.clone()))
+            .await
+            .unwrap_or_else(|error| Err(Failure::internal(format!("cannot do it: {error}"))))
+    }
+}
+
+/// A process that has not taken its first steps by then is killed. It is shortly before the caller
+/// gives up, which the host has scaled to the machine's speed: so the caller hears why, and finds
+/// the process ended.
+fn deadline(context: &TtrpcContext) -> Instant {
+    let limit = u64::try_from(context.timeout_nano)
+        .ok()
+        .filter(|nanoseconds| *nanoseconds != 0)
+        .map_or(FIRST_STEPS_LIMIT, |nanoseconds| {
+            Duration::from_nanos(nanoseconds / 10 * 9)
+        });
+    Instant::now() + limit
 }
 
 /// Serves the host until the machine is reset.
@@ -218,18 +248,29 @@ impl Agent for Service {
 
     async fn create_container(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> Reply<CreateProcessResponse> {
-        Ok(process(&self.manager.create(request).await?))
+        let deadline = deadline(context);
+        // Memory that the container needs has been added before.
+        sandbox::allow_threads();
+        let created = self
+            .whole(|manager| async move { manager.create(request, deadline).await })
+            .await?;
+        Ok(process(&created))
     }
 
     async fn start_container(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: ProcessId,
     ) -> Reply<StartProcessResponse> {
-        let pid = self.manager.start(&request.container_id, "").await?;
+        let deadline = deadline(context);
+        let pid = self
+            .whole(
+                |manager| async move { manager.start(&request.container_id, "", deadline).await },
+            )
+            .await?;
         Ok(StartProcessResponse {
             pid,
             ..Default::default()
@@ -237,7 +278,9 @@ impl Agent for Service {
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: ProcessId) -> Reply<ProcessExit> {
-        Ok(self.manager.delete(&request.container_id).await?)
+        Ok(self
+            .whole(|manager| async move { manager.delete(&request.container_id).await })
+            .await?)
     }
 
     async fn create_exec(
@@ -250,12 +293,16 @@ impl Agent for Service {
 
     async fn start_exec(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: ProcessId,
     ) -> Reply<StartProcessResponse> {
+        let deadline = deadline(context);
         let pid = self
-            .manager
-            .start(&request.container_id, &request.exec_id)
+            .whole(|manager| async move {
+                manager
+                    .start(&request.container_id, &request.exec_id, deadline)
+                    .await
+            })
             .await?;
         Ok(StartProcessResponse {
             pid,
@@ -303,12 +350,14 @@ impl Agent for Service {
     }
 
     async fn pause_container(&self, _: &TtrpcContext, request: ProcessId) -> Reply<Empty> {
-        self.manager.pause(&request.container_id, true).await?;
+        self.whole(|manager| async move { manager.pause(&request.container_id, true).await })
+            .await?;
         Ok(Empty::default())
     }
 
     async fn resume_container(&self, _: &TtrpcContext, request: ProcessId) -> Reply<Empty> {
-        self.manager.pause(&request.container_id, false).await?;
+        self.whole(|manager| async move { manager.pause(&request.container_id, false).await })
+            .await?;
         Ok(Empty::default())
     }
 
@@ -317,6 +366,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: UpdateContainerRequest,
     ) -> Reply<Empty> {
+        sandbox::allow_threads();
         self.manager
             .update(&request.container_id, &request.resources_json)?;
         Ok(Empty::default())
@@ -347,18 +397,51 @@ impl Agent for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Reply<Empty> {
-        sandbox::shutdown(
-            &self.manager,
-            Duration::from_millis(request.grace_ms.into()),
-        )
+        let grace = Duration::from_millis(request.grace_ms.into());
+        self.whole(|manager| async move {
+            sandbox::shutdown(&manager, grace).await?;
+            // The answer goes first.
+            tokio::spawn(async {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                if let Err(failure) = sandbox::power_off() {
+                    log::error!("{failure}");
+                }
+            });
+            Ok(())
+        })
         .await?;
-        // The answer goes first.
-        tokio::spawn(async {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            if let Err(failure) = sandbox::power_off() {
-                log::error!("{failure}");
+        Ok(Empty::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Notify;
+
+    use super::*;
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_a_caller_gives_up_is_done_to_its_end() {
+        let service = Service {
+            manager: Arc::new(Manager::new().unwrap()),
+            stages: Stages::default(),
+            names: Mutex::default(),
+        };
+        let (begun, go_on, done) = <(Arc<Notify>, Arc<Notify>, Arc<Notify>)>::default();
+        let work = service.whole(|_| {
+            let (begun, go_on, done) = (begun.clone(), go_on.clone(), done.clone());
+            async move {
+                begun.notify_one();
+                go_on.notified().await;
+                done.notify_one();
+                Ok(())
             }
         });
-        Ok(Empty::default())
+        tokio::select! {
+            _ = work => panic!("it cannot be done yet"),
+            () = begun.notified() => {}
+        }
+        go_on.notify_one();
+        done.notified().await;
     }
 }

@@ -108,7 +108,8 @@ impl Names {
     }
 }
 
-/// Drops what nobody uses of these entries of the share, which have gone; without any, of everything.
+/// Drops what nobody uses of these entries of the share, or paths below one, where something has gone;
+/// without any, of everything.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -118,7 +119,8 @@ pub fn forget_files(entries: &[String]) -> Result<()> {
         return fs::write("/proc/sys/vm/drop_caches", "3").during(|| "drop the caches".to_owned());
     }
     for entry in entries {
-        // The kernel asks for it anew, hears that it has gone, and forgets what is below it.
+        // The kernel asks for it anew, hears that it is another or none, unmounts the file system that
+        // it was wherever it is mounted, and forgets what is below it.
         let _ = Path::new(boot::SHARE_DIR).join(entry).symlink_metadata();
     }
     Ok(())
@@ -265,6 +267,27 @@ pub fn count_cpus() -> u32 {
     })
 }
 
+/// Lets the guest have as many threads as its kernel would by itself, had it booted with the memory
+/// that was added since.
+pub fn allow_threads() {
+    const FILE: &str = "/proc/sys/kernel/threads-max";
+    let wanted = threads_of(memory_total());
+    let allowed = fs::read_to_string(FILE).ok();
+    let enough = allowed
+        .and_then(|text| text.trim().parse::<u64>().ok())
+        .is_some_and(|allowed| allowed >= wanted);
+    if !enough && let Err(error) = fs::write(FILE, wanted.to_string()) {
+        log::warn!("the guest has no more threads than at its boot: {error}");
+    }
+}
+
+/// Threads whose stacks take an eighth of `memory` bytes (Linux, `set_max_threads`).
+fn threads_of(memory: u64) -> u64 {
+    const STACK: u64 = 16 << 10;
+    // The greatest and least of the kernel: FUTEX_TID_MASK, and enough to boot.
+    (memory / 8 / STACK).clamp(20, 0x3fff_ffff)
+}
+
 /// MemTotal in bytes.
 pub fn memory_total() -> u64 {
     fs::read_to_string("/proc/meminfo")
@@ -316,4 +339,16 @@ pub async fn shutdown(manager: &Manager, grace: Duration) -> Result<()> {
 pub fn power_off() -> Result<()> {
     rustix::system::reboot(rustix::system::RebootCommand::Restart)
         .during(|| "reset the machine".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_follow_the_memory() {
+        assert_eq!(threads_of(512 << 20), 4096);
+        assert_eq!(threads_of(64 << 30), 524_288);
+        assert_eq!((threads_of(0), threads_of(u64::MAX)), (20, 0x3fff_ffff));
+    }
 }

@@ -43,9 +43,10 @@ fn it_runs_in_the_container() {
         "base",
         "sh",
         "-c",
-        "echo $A; pwd; cat /proc/1/comm; id -u",
+        "echo $A; pwd; cat /proc/1/comm; id -u; cat /proc/self/oom_score_adj; ulimit -Sn; ulimit -Hn
+         grep -c 'Max processes *unlimited *unlimited' /proc/self/limits",
     ])
-    .expect_stdout("container\n/tmp\nsleep\n0\n");
+    .expect_stdout("container\n/tmp\nsleep\n0\n0\n1048576\n1048576\n1\n");
     host.caisson(["exec", "base", "sh", "-c", "echo kept >/file"])
         .ok();
     host.caisson(["exec", "base", "cat", "/file"])
@@ -128,19 +129,34 @@ fn it_ends_with_the_container() {
 #[test]
 fn it_has_the_containers_limits() {
     let host = Host::claim();
+    // As systemd and docker do in a container: only inner cgroups have processes.
+    let delegate =
+        "mkdir /c && mount -t cgroup2 none /c && mkdir /c/inner && echo 1 >/c/inner/cgroup.procs &&
+        echo +memory >/c/cgroup.subtree_control && echo ready && exec sleep 1000";
+    let mut running = host
+        .command([
+            "run",
+            "--name",
+            "base",
+            "--ulimit",
+            "nofile=77:99",
+            "--cap-add",
+            "SYS_ADMIN",
+            host.busybox(),
+            "sh",
+            "-c",
+            delegate,
+        ])
+        .start();
+    running.wait_for_stdout("ready");
     host.caisson([
-        "run",
-        "-d",
-        "--name",
+        "exec",
         "base",
-        "--ulimit",
-        "nofile=77:99",
-        host.busybox(),
-        "sleep",
-        "1000",
+        "sh",
+        "-c",
+        "ulimit -Sn; ulimit -Hn; cat /proc/self/cgroup",
     ])
-    .ok();
-    host.caisson(["exec", "base", "sh", "-c", "ulimit -Sn; ulimit -Hn"])
-        .expect_stdout("77\n99\n");
+    .expect_stdout("77\n99\n0::/inner\n");
     host.caisson(["rm", "-f", "base"]).ok();
+    running.finish();
 }

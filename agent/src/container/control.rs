@@ -149,12 +149,7 @@ impl Manager {
         let cgroup = {
             let mut table = self.table();
             let container = table.container(id)?;
-            if !matches!(container.init.state, State::Running { .. }) {
-                return Err(Failure::new(
-                    Kind::FailedPrecondition,
-                    format!("container {id} is not running"),
-                ));
-            }
+            container.running(id)?;
             container.cgroup.clone()
         };
         cgroup.freeze(paused).await?;

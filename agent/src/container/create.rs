@@ -5,9 +5,10 @@ use std::{collections::HashMap, os::fd::OwnedFd, sync::Arc};
 use caisson_protocol::agent::{self, StdioRequest};
 use oci_spec::runtime::{Process as ProcessSpec, Spec};
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use super::{
-    Created, Layer, Manager, Rootfs, Upper,
+    Created, Layer, Manager, Rootfs, Upper, init,
     request::{ContainerRequest, Request},
     spawn,
     table::{Container, Pending, Process, State},
@@ -26,8 +27,13 @@ impl Manager {
     /// Makes a container whose first process waits to execute its program.
     ///
     /// # Errors
-    /// It exists, its specification is not supported, or a step failed; nothing is left then.
-    pub async fn create(&self, request: agent::CreateContainerRequest) -> Result<Created> {
+    /// It exists, its specification is not supported, or a step failed, or was not done at
+    /// `deadline`; nothing is left then.
+    pub async fn create(
+        &self,
+        request: agent::CreateContainerRequest,
+        deadline: Instant,
+    ) -> Result<Created> {
         let id = request.container_id;
         check_id("container", &id)?;
         let spec: Spec = serde_json::from_slice(&request.spec_json).map_err(|error| {
@@ -60,6 +66,7 @@ impl Manager {
         }
         let stdio = request.stdio.unwrap_or_default();
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
+        let oom_score = init::oom_score(&spec);
         let user = spec
             .annotations()
             .as_ref()
@@ -72,14 +79,14 @@ impl Manager {
             pid_namespace_of,
             user,
             terminal: stdio.terminal.then(|| size_of_terminal(&stdio)),
-            cgroup: cgroup.path().display().to_string(),
+            cgroup: cgroup.path().to_owned(),
         }));
-        let born = self.give_birth(&request, &stdio).await;
+        let _birth = self.table().birth();
+        let born = self.give_birth(&request, &stdio, deadline).await;
         let restricted = born.and_then(|born| match cgroup.restrict_devices(limits.as_ref()) {
             Ok(()) => Ok(born),
             Err(failure) => {
                 self.streams.forget(&born.0.token);
-                self.table().birth_over();
                 Err(failure)
             }
         });
@@ -95,6 +102,7 @@ impl Manager {
             init: process,
             execs: HashMap::new(),
             seccomp,
+            oom_score,
             oom_kills: 0,
             paused: false,
             deleting: false,
@@ -103,8 +111,7 @@ impl Manager {
         let mut table = self.table();
         table.containers.insert(id.clone(), container);
         table.first.get_or_insert_with(|| id.clone());
-        let early = table.unclaimed.remove(&created.pid);
-        table.birth_over();
+        let early = table.early_end(created.pid);
         drop(table);
         if let Some(exit) = early {
             self.ended(exit.pid, exit.exit_status);
@@ -112,32 +119,23 @@ impl Manager {
         Ok(created)
     }
 
-    /// Starts an init process for `request`; the caller ends the birth with `birth_over`.
+    /// Starts an init process for `request`.
     async fn give_birth(
         &self,
         request: &Request,
         stdio: &StdioRequest,
+        deadline: Instant,
     ) -> Result<(Process, Created)> {
         let prepared = self.streams.prepare(stdio)?;
         let token = prepared.token;
         let close_stdin = prepared.close_stdin.clone();
-        self.table().births += 1;
-        let mut waiting = match spawn::spawn(request, prepared, |_| {}).await {
-            Ok(waiting) => waiting,
-            Err(failure) => {
-                self.streams.forget(&token);
-                self.table().birth_over();
-                return Err(failure);
-            }
-        };
-        let terminal = match self.take_terminal(token, &mut waiting) {
-            Ok(terminal) => terminal,
-            Err(failure) => {
-                self.streams.forget(&token);
-                self.table().birth_over();
-                return Err(failure);
-            }
-        };
+        let born = spawn::spawn(request, prepared, deadline)
+            .await
+            .and_then(|mut waiting| {
+                let terminal = self.take_terminal(token, &mut waiting)?;
+                Ok((waiting, terminal))
+            });
+        let (waiting, terminal) = born.inspect_err(|_| self.streams.forget(&token))?;
         let created = Created {
             pid: waiting.pid,
             token,
@@ -188,12 +186,7 @@ impl Manager {
                 format!("exec {} exists already", request.exec_id),
             ));
         }
-        if !matches!(container.init.state, State::Running { .. }) {
-            return Err(Failure::new(
-                Kind::FailedPrecondition,
-                format!("container {} is not running", request.container_id),
-            ));
-        }
+        container.running(&request.container_id)?;
         let streams = self.streams.prepare(&stdio)?;
         let token = streams.token;
         let user = Some(process.user().username().clone().unwrap_or_default())

@@ -24,7 +24,10 @@ use super::{
     request::{ContainerRequest, ExecRequest, MAX_PACKET, Report, Request, START},
     rootfs, terminal,
 };
-use crate::failure::{During, Failure, Kind, Result};
+use crate::{
+    cgroup,
+    failure::{During, Failure, Kind, Result},
+};
 
 /// First argument of the program when it is this process.
 pub const VERB: &str = "container-init";
@@ -125,14 +128,9 @@ fn run(sync: &Sync, mut request: File) -> Result<()> {
     }
 }
 
-/// Becomes a member of the cgroup before any namespace, so that the namespace's root is it.
-fn enter_cgroup(directory: &str) -> Result<()> {
-    let path = format!("{directory}/cgroup.procs");
-    std::fs::write(&path, "0").during(|| format!("enter the cgroup {directory}"))
-}
-
 fn container(sync: &Sync, request: ContainerRequest) -> Result<()> {
-    enter_cgroup(&request.cgroup)?;
+    // Before any namespace, so that the cgroup namespace's root is it.
+    cgroup::enter(&request.cgroup, None)?;
     let mut own = UnshareFlags::NEWNS;
     let mut pid = false;
     for namespace in request
@@ -162,7 +160,7 @@ fn container(sync: &Sync, request: ContainerRequest) -> Result<()> {
             }
         }
     }
-    set_oom_score(&request.spec)?;
+    write_oom_score(oom_score(&request.spec))?;
     if let Some(init) = request.pid_namespace_of {
         join(init, ThreadNameSpaceType::PROCESS_ID)?;
     } else if pid {
@@ -176,10 +174,8 @@ fn container(sync: &Sync, request: ContainerRequest) -> Result<()> {
 }
 
 fn exec_in(sync: &Sync, request: ExecRequest) -> Result<()> {
-    enter_cgroup(&request.cgroup)?;
-    if let Some(score) = request.process.oom_score_adj() {
-        write_oom_score(score)?;
-    }
+    cgroup::enter(&request.cgroup, Some(request.init))?;
+    write_oom_score(request.oom_score)?;
     join(
         request.init,
         ThreadNameSpaceType::PROCESS_ID
@@ -282,13 +278,13 @@ fn copy_files(sync: &Sync, request: &caisson_archive::Request) -> Result<()> {
     Ok(())
 }
 
-fn set_oom_score(spec: &Spec) -> Result<()> {
-    // Without a wish the container gets the default, not the agent's protection.
-    let score = spec
-        .process()
+/// What the out-of-memory killer is told of the container: without a wish the default, not the
+/// agent's protection.
+pub fn oom_score(spec: &Spec) -> i32 {
+    spec.process()
         .as_ref()
-        .and_then(|process| process.oom_score_adj());
-    write_oom_score(score.unwrap_or(0))
+        .and_then(|process| process.oom_score_adj())
+        .unwrap_or(0)
 }
 
 /// Sets the calling process's own `oom_score_adj`.

@@ -6,6 +6,7 @@
 use std::{
     fs::File,
     io::{Seek, Write},
+    path::PathBuf,
 };
 
 use oci_spec::runtime::{Process, Spec};
@@ -41,7 +42,7 @@ pub struct ContainerRequest {
     /// Rows and columns of the terminal, when there is one.
     pub terminal: Option<(u16, u16)>,
     /// Directory of the container's cgroup.
-    pub cgroup: String,
+    pub cgroup: PathBuf,
 }
 
 /// One more process of a running container.
@@ -56,7 +57,9 @@ pub struct ExecRequest {
     /// Rows and columns of the terminal, when there is one.
     pub terminal: Option<(u16, u16)>,
     /// Directory of the container's cgroup.
-    pub cgroup: String,
+    pub cgroup: PathBuf,
+    /// What the out-of-memory killer is told: never the agent's own, which spares its process.
+    pub oom_score: i32,
     /// Copy files, by the agent's own code, instead of executing a program.
     pub archive: Option<caisson_archive::Request>,
     /// The container's seccomp filter, which its specification has and an exec's has not.

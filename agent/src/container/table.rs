@@ -14,13 +14,20 @@ use crate::{
     stdio::Token,
 };
 
+/// Held while a process is being born, until its PID is in the table.
+#[must_use]
+pub(super) struct Birth {
+    _held: Arc<()>,
+}
+
 #[derive(Default)]
 pub(super) struct Table {
     pub(super) containers: HashMap<String, Container>,
     /// Ends of processes that nobody has claimed yet: their PID is not known before they are
     /// born, and a process may die sooner. Only kept while something is being born.
-    pub(super) unclaimed: HashMap<u32, ProcessExit>,
-    pub(super) births: usize,
+    unclaimed: HashMap<u32, ProcessExit>,
+    /// Every [`Birth`] holds a clone.
+    births: Arc<()>,
     /// Keeps the pod's PID namespace where no container does.
     pub(super) pod_init: Option<u32>,
     /// The container that was made first, which may have gone.
@@ -60,11 +67,30 @@ impl Table {
         self.container(container_id)?.process(exec_id)
     }
 
-    pub(super) fn birth_over(&mut self) {
-        self.births = self.births.saturating_sub(1);
-        if self.births == 0 {
+    /// Has the ends of unknown processes kept as long as the returned one lives.
+    pub(super) fn birth(&mut self) -> Birth {
+        if !self.expects() {
             self.unclaimed.clear();
         }
+        Birth {
+            _held: self.births.clone(),
+        }
+    }
+
+    /// Keeps the end of a process that nobody knows, if it may be one that is being born.
+    pub(super) fn unknown_ended(&mut self, exit: ProcessExit) {
+        if self.expects() {
+            self.unclaimed.insert(exit.pid, exit);
+        }
+    }
+
+    /// The end of the new process `pid`, if it came before the process was known.
+    pub(super) fn early_end(&mut self, pid: u32) -> Option<ProcessExit> {
+        self.unclaimed.remove(&pid)
+    }
+
+    fn expects(&self) -> bool {
+        Arc::strong_count(&self.births) > 1
     }
 }
 
@@ -73,6 +99,8 @@ pub(super) struct Container {
     pub(super) init: Process,
     pub(super) execs: HashMap<String, Process>,
     pub(super) seccomp: Option<LinuxSeccomp>,
+    /// Of its processes that name none.
+    pub(super) oom_score: i32,
     pub(super) oom_kills: u64,
     pub(super) paused: bool,
     pub(super) deleting: bool,
@@ -99,7 +127,7 @@ pub(super) struct Pending {
 }
 
 pub(super) enum State {
-    /// Waits to be started.
+    /// Waits to be started; an exec has no process until then.
     Created(Option<Box<spawn::Waiting>>),
     /// Between the request to start and its answer: the end is not reported before the start.
     Starting {
@@ -129,6 +157,20 @@ impl Container {
         std::mem::replace(&mut self.oom_kills, kills) < kills
     }
 
+    /// PID of the first process of container `id`, which this is.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub(super) fn running(&self, id: &str) -> Result<u32> {
+        match self.init.state {
+            State::Running { pid } => Ok(pid),
+            _ => Err(Failure::new(
+                Kind::FailedPrecondition,
+                format!("container {id} is not running"),
+            )),
+        }
+    }
+
     pub(super) fn process(&mut self, exec_id: &str) -> Result<&mut Process> {
         if exec_id.is_empty() {
             return Ok(&mut self.init);
@@ -149,5 +191,29 @@ pub(super) fn exit(pid: u32, status: u32) -> ProcessExit {
         exit_status: status,
         exited_at_ns: now_ns(),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_early_end_is_kept_while_something_is_being_born_and_no_longer() {
+        let mut table = Table::default();
+        table.unknown_ended(exit(7, 0));
+        assert_eq!(table.early_end(7), None);
+
+        let (one, other) = (table.birth(), table.birth());
+        drop(one); // Given up, or over: all the same.
+        table.unknown_ended(exit(7, 3));
+        table.unknown_ended(exit(8, 4));
+        assert_eq!(table.early_end(7).map(|exit| exit.exit_status), Some(3));
+        assert_eq!(table.early_end(7), None);
+
+        drop(other);
+        table.unknown_ended(exit(9, 0));
+        let _birth = table.birth();
+        assert_eq!((table.early_end(8), table.early_end(9)), (None, None));
     }
 }
