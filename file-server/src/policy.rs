@@ -5,6 +5,9 @@
 //! them. The mount's flag by itself would only keep the server from running
 //! such files. Device nodes need no rule: the server lacks CAP_MKNOD.
 //!
+//! That rule is of a share, so a name has to stay in its directory: virtiofsd hands names to the
+//! host's kernel as they come, and the guest's own kernel, which never sends a path, may be any.
+//!
 //! And how long a guest may believe what it has been told: the name of a symbolic
 //! link never without asking again. Whoever publishes a new version of a directory
 //! swaps a link to it (Kubernetes' configMap and secret volumes do), and a guest
@@ -59,6 +62,16 @@ fn sets_id(mode: u32) -> bool {
     mode & libc::S_ISUID != 0 || mode & group == group
 }
 
+/// EINVAL for what is not the name of an entry: a path could lead into another share.
+fn check_name(name: &CStr) -> io::Result<()> {
+    match name.to_bytes() {
+        // Only a server that offers FUSE_EXPORT_SUPPORT is asked for the dots.
+        b"" | b"." | b".." => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        name if name.contains(&b'/') => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        _ => Ok(()),
+    }
+}
+
 fn is_directory(mode: u32) -> bool {
     mode & libc::S_IFMT == libc::S_IFDIR
 }
@@ -94,10 +107,6 @@ impl FileSystem for SharePolicy {
         fn batch_forget(&self, ctx: Context, requests: Vec<(Self::Inode, u64)>);
         fn getattr(&self, ctx: Context, inode: Self::Inode, handle: Option<Self::Handle>) -> io::Result<(fuse::Attr, Duration)>;
         fn readlink(&self, ctx: Context, inode: Self::Inode) -> io::Result<Vec<u8>>;
-        fn mkdir(&self, ctx: Context, parent: Self::Inode, name: &CStr, mode: u32, umask: u32, extensions: Extensions) -> io::Result<Entry>;
-        fn unlink(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<()>;
-        fn rmdir(&self, ctx: Context, parent: Self::Inode, name: &CStr) -> io::Result<()>;
-        fn rename(&self, ctx: Context, parent: Self::Inode, name: &CStr, new_parent: Self::Inode, new_name: &CStr, flags: u32) -> io::Result<()>;
         fn open(&self, ctx: Context, inode: Self::Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Self::Handle>, OpenOptions)>;
         fn read<W: ZeroCopyWriter>(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, to: W, size: u32, offset: u64, lock_owner: Option<u64>, flags: u32) -> io::Result<usize>;
         fn write<R: ZeroCopyReader>(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, from: R, size: u32, offset: u64, lock_owner: Option<u64>, delayed: bool, kill_priv: bool, flags: u32) -> io::Result<usize>;
@@ -121,7 +130,46 @@ impl FileSystem for SharePolicy {
 
     // Also what READDIRPLUS tells comes from here.
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
         Ok(validity(self.0.lookup(ctx, parent, name)?))
+    }
+
+    fn mkdir(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        check_name(name)?;
+        self.0.mkdir(ctx, parent, name, mode, umask, extensions)
+    }
+
+    fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        check_name(name)?;
+        self.0.unlink(ctx, parent, name)
+    }
+
+    fn rmdir(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        check_name(name)?;
+        self.0.rmdir(ctx, parent, name)
+    }
+
+    fn rename(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        new_parent: Inode,
+        new_name: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        check_name(name)?;
+        check_name(new_name)?;
+        self.0
+            .rename(ctx, parent, name, new_parent, new_name, flags)
     }
 
     fn symlink(
@@ -132,11 +180,13 @@ impl FileSystem for SharePolicy {
         name: &CStr,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        check_name(name)?;
         let made = self.0.symlink(ctx, target, parent, name, extensions)?;
         Ok(validity(made))
     }
 
     fn link(&self, ctx: Context, inode: Inode, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        check_name(name)?;
         Ok(validity(self.0.link(ctx, inode, parent, name)?))
     }
 
@@ -168,6 +218,7 @@ impl FileSystem for SharePolicy {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        check_name(name)?;
         if sets_id(mode) {
             self.check_set_id_allowed(ctx, parent)?;
         }
@@ -186,6 +237,7 @@ impl FileSystem for SharePolicy {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Self::Handle>, OpenOptions)> {
+        check_name(name)?;
         if sets_id(mode) {
             self.check_set_id_allowed(ctx, parent)?;
         }

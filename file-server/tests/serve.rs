@@ -198,10 +198,7 @@ fn the_guest_stays_within_its_shares() {
     for name in ["../greeting", "/etc/passwd", "a/b"] {
         client.lookup(share, name).unwrap_err();
     }
-    // The share's parent is the share.
-    if let Ok(parent) = client.lookup(share, "..") {
-        assert_eq!(client.list(parent).unwrap(), Vec::<String>::new());
-    }
+    client.lookup(share, "..").unwrap_err();
     // A link is served as a link and not followed.
     let link = client.lookup(whole, "link").unwrap();
     assert!(client.list(link).is_err());
@@ -256,6 +253,55 @@ fn set_id_programs_are_for_shares_that_allow_them() {
     client
         .mknod(root, "fifo", libc::S_IFIFO | 0o666, 0)
         .unwrap();
+}
+
+/// A path in the place of a name would lead past the rules of the share that it begins in.
+#[test]
+fn a_name_stays_in_its_directory() {
+    let mut fixture = start();
+    for name in ["volume", "volume/empty", "root"] {
+        fs::create_dir(fixture.path(name)).unwrap();
+    }
+    fs::write(fixture.path("volume/file"), "x").unwrap();
+    let volume = fixture.share(0, "volume", READ_WRITE);
+    let root = fixture.share(
+        1,
+        "root",
+        Share {
+            set_id: true,
+            ..READ_WRITE
+        },
+    );
+    let client = &mut fixture.client;
+    let file = client.lookup(volume, "file").unwrap();
+    let program = libc::S_IFREG | 0o4755;
+    for name in ["../0/evil", "../0/empty", "/0/evil", "evil/", "..", ".", ""] {
+        let answers = [
+            client.lookup(root, name).map(drop),
+            client.mknod(root, name, program, 0).map(drop),
+            client.create(root, name, 0o4755).map(drop),
+            client.mkdir(root, name).map(drop),
+            client.symlink(root, name, "target").map(drop),
+            client.link(file, volume, name).map(drop),
+            client.rename(volume, "file", name).map(drop),
+            client.rename(volume, name, "new").map(drop),
+            client.unlink(volume, name).map(drop),
+            client.rmdir(volume, name).map(drop),
+        ];
+        assert_eq!(client.list(volume).unwrap(), ["empty", "file"], "{name:?}");
+        assert_eq!(client.list(root).unwrap(), Vec::<String>::new(), "{name:?}");
+        assert_eq!(answers, [Err(libc::EINVAL); 10], "{name:?}");
+    }
+    // Names that only look like it are names.
+    client.mkdir(root, "..data").unwrap();
+    client.symlink(root, "link", "../0/empty").unwrap();
+    client.mknod(root, "...", program, 0).unwrap();
+    client.link(file, volume, "again").unwrap();
+    client.rename(volume, "again", ".hidden").unwrap();
+    client.unlink(volume, ".hidden").unwrap();
+    client.rmdir(volume, "empty").unwrap();
+    assert_eq!(client.list(root).unwrap(), ["...", "..data", "link"]);
+    assert_eq!(client.list(volume).unwrap(), ["file"]);
 }
 
 #[test]

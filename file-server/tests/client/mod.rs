@@ -31,8 +31,13 @@ const QUEUE: usize = 1;
 
 const LOOKUP: u32 = 1;
 const SETATTR: u32 = 4;
+const SYMLINK: u32 = 6;
 const MKNOD: u32 = 8;
+const MKDIR: u32 = 9;
 const UNLINK: u32 = 10;
+const RMDIR: u32 = 11;
+const RENAME: u32 = 12;
+const LINK: u32 = 13;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
@@ -157,6 +162,28 @@ impl Client {
     pub fn mknod(&mut self, parent: u64, name: &str, mode: u32, device: u32) -> Answer {
         let head = words(&[mode, device, 0, 0]);
         self.request(MKNOD, parent, &[&head, &text(name)])
+    }
+
+    pub fn mkdir(&mut self, parent: u64, name: &str) -> Answer {
+        self.request(MKDIR, parent, &[&words(&[0o755, 0]), &text(name)])
+    }
+
+    pub fn symlink(&mut self, parent: u64, name: &str, target: &str) -> Answer {
+        self.request(SYMLINK, parent, &[&text(name), &text(target)])
+    }
+
+    pub fn link(&mut self, node: u64, parent: u64, name: &str) -> Answer {
+        self.request(LINK, parent, &[&node.to_le_bytes(), &text(name)])
+    }
+
+    /// Within one directory.
+    pub fn rename(&mut self, parent: u64, name: &str, new_name: &str) -> Answer {
+        let head = parent.to_le_bytes();
+        self.request(RENAME, parent, &[&head, &text(name), &text(new_name)])
+    }
+
+    pub fn rmdir(&mut self, parent: u64, name: &str) -> Answer {
+        self.request(RMDIR, parent, &[&text(name)])
     }
 
     pub fn unlink(&mut self, parent: u64, name: &str) -> Answer {
