@@ -38,7 +38,8 @@ fn dial(port: u16) -> TcpStream {
     stream
 }
 
-/// Gives a namespace an interface `name` with the addresses; the host's end has `host`.
+/// Gives a namespace an interface `name` with the addresses; the host's end has `host`. As docker does
+/// it has no IPv6 unless it has such an address, and as CNI's plugins do it hears no routers.
 fn connect(vmm: i32, link: &str, name: &str, mac: &str, host: &str, addresses: &[&str]) {
     ip(&format!(
         "link add {link} type veth peer name {link}p address {mac} mtu 1400"
@@ -46,11 +47,23 @@ fn connect(vmm: i32, link: &str, name: &str, mac: &str, host: &str, addresses: &
     ip(&format!("address add {host} dev {link}"));
     ip(&format!("link set {link} mtu 1400 up"));
     ip(&format!("link set {link}p netns {vmm} name {name}"));
-    let inside = |words: &str| {
-        let enter = ["nsenter", "-t", &vmm.to_string(), "-n", "ip"].map(str::to_owned);
-        let words = words.split(' ').map(str::to_owned);
-        Command::new(enter.into_iter().chain(words)).run().ok();
+    let run = |words: &[&str]| {
+        let vmm = vmm.to_string();
+        Command::new([&["nsenter", "-t", &vmm, "-n"], words].concat())
+            .run()
+            .ok();
     };
+    let inside = |words: &str| {
+        let words: Vec<_> = ["ip"].into_iter().chain(words.split(' ')).collect();
+        run(&words);
+    };
+    let settings = if addresses.iter().any(|address| address.contains(':')) {
+        "echo 0 > accept_ra && echo 0 > autoconf"
+    } else {
+        "echo 1 > disable_ipv6"
+    };
+    let script = format!("cd /proc/sys/net/ipv6/conf/{name} && {settings}");
+    run(&["sh", "-c", &script]);
     for address in addresses {
         inside(&format!("address add {address} dev {name}"));
     }
@@ -143,6 +156,12 @@ fn interfaces_that_come_and_go_do_so_in_the_guest() {
     inside("cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu")
         .expect_stdout("02:00:00:00:05:02\n1400\n");
     inside("ip route").expect_stdout("10.205.0.0/24 dev eth0 scope link  src 10.205.0.2 \n");
+    let settings = |name: &str| {
+        inside(&format!(
+            "cd /proc/sys/net/ipv6/conf/{name} && cat disable_ipv6 accept_ra autoconf"
+        ))
+    };
+    settings("eth0").expect_stdout("1\n1\n1\n");
     inside("grep -c 10.205.0.2 /etc/hosts").expect_stdout("1\n");
     inside("ping -c 2 -W 5 10.205.0.1").ok();
 
@@ -176,6 +195,7 @@ fn interfaces_that_come_and_go_do_so_in_the_guest() {
         &["10.206.0.2/24", "fd06::2/64"],
     );
     wait_for("net1", "ip address show dev net1 | grep -q fd06::2/64");
+    settings("net1").expect_stdout("0\n0\n0\n");
     inside("ping -c 1 -W 5 10.206.0.1").ok();
     ip("link delete caisson-t1");
     wait_for("no net1", "! ip link show dev net1");

@@ -1,20 +1,23 @@
 //! The pod's network as `ConfigureNetwork` describes it: interfaces, routes,
 //! neighbours. Everything *sets*, so that asking twice changes nothing.
 
+mod ipv6;
 mod netlink;
+mod routes;
 
 use std::{
-    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::{Mutex, PoisonError},
 };
 
 use caisson_protocol::agent::{Neighbour, Network, NetworkInterface, Route};
 
 use crate::{
     device,
-    failure::{During, Failure, Result},
+    failure::{Failure, Result},
 };
-use netlink::{ADD, Message, SET, Socket, attributes, u32_at};
+use netlink::{Message, SET, Socket, attributes, u32_at};
+use routes::{describe, remove_other_routes, route_message};
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h
 const RTM_NEWLINK: u16 = 16;
@@ -22,9 +25,6 @@ const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
-const RTM_NEWROUTE: u16 = 24;
-const RTM_DELROUTE: u16 = 25;
-const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
 const RTM_GETNEIGH: u16 = 30;
@@ -37,19 +37,10 @@ const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
 const IFA_FLAGS: u16 = 8;
 const IFA_F_NODAD: u32 = 0x02;
+/// Among the flags in `struct ifaddrmsg`.
+const IFA_F_PERMANENT: u8 = 0x80;
 const IFA_F_NOPREFIXROUTE: u32 = 0x200;
-/// `net/ipv6_route.h`: the metric of an IPv6 route that was given none.
-const IP6_RT_PRIO_USER: u32 = 1024;
-const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
-const RTA_PREFSRC: u16 = 7;
-const RTA_VIA: u16 = 18;
-const RTNH_F_ONLINK: u32 = 4;
-const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_STATIC: u8 = 4;
-const RTN_UNICAST: u8 = 1;
 const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_HOST: u8 = 254;
 const NDA_DST: u16 = 1;
@@ -88,10 +79,19 @@ pub fn configure_loopback() -> Result<()> {
 /// # Errors
 /// A malformed value, an interface that is not there, whatever the kernel refuses, in its words.
 pub fn configure(request: &Network) -> Result<()> {
+    static TOLD: Mutex<ipv6::Told> = Mutex::new(ipv6::Told::new());
+    configure_after(
+        request,
+        &mut TOLD.lock().unwrap_or_else(PoisonError::into_inner),
+    )
+}
+
+fn configure_after(request: &Network, told: &mut ipv6::Told) -> Result<()> {
     let mut socket = Socket::open()?;
     let mut links = links(&mut socket)?;
+    told.retain(|index, _| links.iter().any(|link| link.index == *index));
     for interface in &request.interfaces {
-        configure_interface(&mut socket, &mut links, interface, &request.interfaces)?;
+        configure_interface(&mut socket, &mut links, interface, request, told)?;
     }
     let mut routes: Vec<&Route> = request.routes.iter().collect();
     routes.sort_by_key(|route| !route.gateway.is_empty());
@@ -172,7 +172,8 @@ fn configure_interface(
     socket: &mut Socket,
     links: &mut [Link],
     wanted: &NetworkInterface,
-    all: &[NetworkInterface],
+    request: &Network,
+    told: &mut ipv6::Told,
 ) -> Result<()> {
     check_name(&wanted.name)?;
     let mac = parse_mac(&wanted.mac)?;
@@ -184,7 +185,7 @@ fn configure_interface(
     let at = device_of(links, wanted, &mac)?;
     if links[at].name != wanted.name {
         if let Some(other) = links.iter().position(|link| link.name == wanted.name) {
-            make_way(socket, &mut links[other], all)?;
+            make_way(socket, &mut links[other], &request.interfaces)?;
         }
         rename(socket, &mut links[at], &wanted.name)?;
     }
@@ -195,14 +196,14 @@ fn configure_interface(
             format!("set the MTU of {} to {}", wanted.name, wanted.mtu)
         })?;
     }
-    without_own_addresses(&wanted.name)?;
+    ipv6::set(wanted, index, told)?;
     let no_arp = libc::IFF_NOARP.cast_unsigned();
     let flags = if wanted.no_arp { no_arp } else { 0 };
     socket.request(&link_message(index, flags, no_arp), || {
         format!("set the flags of {}", wanted.name)
     })?;
     bring_up(socket, index)?;
-    remove_other_addresses(socket, index, &addresses)?;
+    remove_other_addresses(socket, index, &addresses, wanted.accept_ra != 0)?;
     for (address, prefix) in addresses {
         socket.request(
             &address_message(RTM_NEWADDR, SET, index, address, prefix),
@@ -233,19 +234,6 @@ fn device_of(links: &[Link], wanted: &NetworkInterface, mac: &[u8]) -> Result<us
                 wanted.mac, wanted.name
             ))
         })
-}
-
-/// Keeps the kernel from making link-local addresses: those of the host's interface need not follow
-/// from its MAC.
-fn without_own_addresses(name: &str) -> Result<()> {
-    /// `IN6_ADDR_GEN_MODE_NONE`
-    const NONE: &str = "1";
-    let path = format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode");
-    match fs::write(&path, NONE) {
-        // A kernel without IPv6.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result.during(|| format!("write {path}")),
-    }
 }
 
 /// Gives up a name that another interface of the request is to have.
@@ -287,13 +275,20 @@ fn bring_up(socket: &mut Socket, index: u32) -> Result<()> {
 }
 
 /// What the interface has from before (a template's, an older request's) and is not wanted goes.
-fn remove_other_addresses(socket: &mut Socket, index: u32, wanted: &[(IpAddr, u8)]) -> Result<()> {
+/// With `advertised` what router advertisements have made stays.
+fn remove_other_addresses(
+    socket: &mut Socket,
+    index: u32,
+    wanted: &[(IpAddr, u8)],
+    advertised: bool,
+) -> Result<()> {
     let mut found = Vec::new();
     socket.dump(
         &Message::new(RTM_GETADDR, 0, &[0; 8]),
         || "list addresses".to_owned(),
         |kind, body| {
-            if kind == RTM_NEWADDR && u32_at(body, 4) == index {
+            let stays = advertised && is_advertised(body);
+            if kind == RTM_NEWADDR && u32_at(body, 4) == index && !stays {
                 found.extend(address_of(body));
             }
         },
@@ -305,29 +300,6 @@ fn remove_other_addresses(socket: &mut Socket, index: u32, wanted: &[(IpAddr, u8
                 || format!("remove the address {address}/{prefix}"),
             )?;
         }
-    }
-    Ok(())
-}
-
-/// Routes that an earlier request has set and this one has not go.
-fn remove_other_routes(socket: &mut Socket, wanted: &[Message]) -> Result<()> {
-    let wanted: Vec<RouteKey> = wanted
-        .iter()
-        .filter_map(|route| key_of(route.body()))
-        .collect();
-    let mut others = Vec::new();
-    socket.dump(
-        &Message::new(RTM_GETROUTE, 0, &[0; 12]),
-        || "list routes".to_owned(),
-        |kind, body| {
-            if kind == RTM_NEWROUTE && key_of(body).is_some_and(|key| !wanted.contains(&key)) {
-                others.push(body.to_vec());
-            }
-        },
-    )?;
-    for route in others {
-        let message = Message::new(RTM_DELROUTE, 0, &route);
-        socket.remove(&message, || "remove an old route".to_owned())?;
     }
     Ok(())
 }
@@ -372,47 +344,10 @@ fn neighbour_key(body: &[u8]) -> Option<NeighbourKey> {
     ours.then_some((body[0], u32_at(body, 4), address?))
 }
 
-/// What tells one route from another.
-#[derive(Debug, PartialEq, Eq)]
-struct RouteKey {
-    family: u8,
-    prefix: u8,
-    destination: Vec<u8>,
-    device: Vec<u8>,
-    gateway: Vec<u8>,
-    source: Vec<u8>,
-    priority: u32,
-}
-
-/// Of a `struct rtmsg` and its attributes; None unless this agent has made the route.
-fn key_of(body: &[u8]) -> Option<RouteKey> {
-    if body.get(4..6)? != [RT_TABLE_MAIN, RTPROT_STATIC] {
-        return None;
-    }
-    let mut key = RouteKey {
-        family: body[0],
-        prefix: body[1],
-        destination: Vec::new(),
-        device: Vec::new(),
-        gateway: Vec::new(),
-        source: Vec::new(),
-        priority: 0,
-    };
-    for (kind, value) in attributes(body.get(12..)?) {
-        match kind {
-            RTA_DST => key.destination = value.to_vec(),
-            RTA_OIF => key.device = value.to_vec(),
-            RTA_GATEWAY | RTA_VIA => key.gateway = value.to_vec(),
-            RTA_PREFSRC => key.source = value.to_vec(),
-            RTA_PRIORITY => key.priority = u32_at(value, 0),
-            _ => {}
-        }
-    }
-    // The kernel's own for IPv6 routes that name none.
-    if key.family == AF_INET6 && key.priority == 0 {
-        key.priority = IP6_RT_PRIO_USER;
-    }
-    Some(key)
+/// Of a `struct ifaddrmsg`. Those of the host's are given for good, those of an advertisement for a
+/// time.
+fn is_advertised(body: &[u8]) -> bool {
+    matches!(body, [AF_INET6, _, flags, ..] if flags & IFA_F_PERMANENT == 0)
 }
 
 /// `struct ifaddrmsg` and its attributes.
@@ -471,78 +406,6 @@ fn address_message(kind: u16, flags: u16, index: u32, address: IpAddr, prefix: u
     }
 }
 
-/// `struct rtmsg`: family, lengths of destination and source, TOS, table, protocol, scope, type,
-/// flags.
-fn route_message(route: &Route, device: u32) -> Result<Message> {
-    let gateway = optional_ip(&route.gateway)?;
-    let source = optional_ip(&route.source)?;
-    let destination = (!route.destination.is_empty())
-        .then(|| parse_cidr(&route.destination))
-        .transpose()?
-        .map(|(address, prefix)| (network_of(address, prefix), prefix));
-    let family = destination
-        .map(|(address, _)| family(address))
-        .or_else(|| gateway.or(source).map(family))
-        .ok_or_else(|| {
-            Failure::invalid("a route needs a destination or a gateway to tell IPv4 from IPv6")
-        })?;
-    if route.flags & !RTNH_F_ONLINK != 0 {
-        return Err(Failure::invalid(format!(
-            "route {}: of the flags {:#x} only \"onlink\" (4) can be set",
-            describe(route),
-            route.flags
-        )));
-    }
-    let scope = u8::try_from(route.scope).map_err(|_| {
-        Failure::invalid(format!(
-            "route {}: {} is no scope",
-            describe(route),
-            route.scope
-        ))
-    })?;
-    // As ip-route(8): what needs no gateway is on the link. IPv6 has no scopes.
-    let scope = match (scope, gateway) {
-        (0, None) if family == AF_INET => RT_SCOPE_LINK,
-        (scope, _) => scope,
-    };
-    let prefix = destination.map_or(0, |(_, prefix)| prefix);
-    let mut fixed = [0; 12];
-    fixed[0] = family;
-    fixed[1] = prefix;
-    fixed[4..8].copy_from_slice(&[RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST]);
-    fixed[8..].copy_from_slice(&route.flags.to_ne_bytes());
-    let mut message =
-        Message::new(RTM_NEWROUTE, ADD, &fixed).attribute(RTA_OIF, &device.to_ne_bytes());
-    if let Some((address, 1..)) = destination {
-        message = message.address(RTA_DST, address);
-    }
-    match gateway {
-        Some(gateway) if self::family(gateway) == family => {
-            message = message.address(RTA_GATEWAY, gateway);
-        }
-        // An IPv4 route by an IPv6 router (RFC 5549): `struct rtvia`.
-        Some(IpAddr::V6(gateway)) => {
-            let mut via = u16::from(AF_INET6).to_ne_bytes().to_vec();
-            via.extend_from_slice(&gateway.octets());
-            message = message.attribute(RTA_VIA, &via);
-        }
-        Some(gateway) => {
-            return Err(Failure::invalid(format!(
-                "route {}: {gateway} cannot be the gateway of an IPv6 route",
-                describe(route)
-            )));
-        }
-        None => {}
-    }
-    if let Some(source) = source {
-        message = message.address(RTA_PREFSRC, source);
-    }
-    if route.metric != 0 {
-        message = message.attribute(RTA_PRIORITY, &route.metric.to_ne_bytes());
-    }
-    Ok(message)
-}
-
 /// `struct ndmsg`: family, index, state, flags, type.
 fn neighbour_message(neighbour: &Neighbour, device: u32) -> Result<Message> {
     let address = parse_ip(&neighbour.address)?;
@@ -567,35 +430,6 @@ fn family(address: IpAddr) -> u8 {
         IpAddr::V4(_) => AF_INET,
         IpAddr::V6(_) => AF_INET6,
     }
-}
-
-/// The kernel takes no destination with bits set beyond its prefix.
-fn network_of(address: IpAddr, prefix: u8) -> IpAddr {
-    let prefix = u32::from(prefix);
-    match address {
-        IpAddr::V4(address) => {
-            let mask = !u32::MAX.checked_shr(prefix).unwrap_or(0);
-            Ipv4Addr::from(u32::from(address) & mask).into()
-        }
-        IpAddr::V6(address) => {
-            let mask = !u128::MAX.checked_shr(prefix).unwrap_or(0);
-            Ipv6Addr::from(u128::from(address) & mask).into()
-        }
-    }
-}
-
-fn describe(route: &Route) -> String {
-    let mut text = if route.destination.is_empty() {
-        "default".to_owned()
-    } else {
-        route.destination.clone()
-    };
-    for (word, value) in [("via", &route.gateway), ("dev", &route.device)] {
-        if !value.is_empty() {
-            text.push_str(&format!(" {word} {value}"));
-        }
-    }
-    text
 }
 
 fn check_name(name: &str) -> Result<()> {

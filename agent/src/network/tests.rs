@@ -1,6 +1,8 @@
-use std::process::Command;
+use std::{fs, process::Command};
 
-use super::*;
+use caisson_protocol::agent::RouteMetric;
+
+use super::{routes::*, *};
 
 fn body(message: &Message) -> &[u8] {
     message.body()
@@ -91,6 +93,45 @@ fn routes_carry_scope_metric_source_and_onlink() {
     assert_eq!((value.0, value.1.len()), (RTA_VIA, 18));
 }
 
+fn with_metrics(pairs: &[(u32, u32)], route: Route) -> Route {
+    let metric = |&(kind, value): &(u32, u32)| RouteMetric {
+        kind,
+        value,
+        ..Default::default()
+    };
+    Route {
+        metrics: pairs.iter().map(metric).collect(),
+        ..route
+    }
+}
+
+#[test]
+fn routes_that_differ_in_their_metrics_are_not_the_same() {
+    let message = |pairs: &[(u32, u32)]| {
+        let route = with_metrics(pairs, route("", "10.88.0.1"));
+        route_message(&route, 2).unwrap()
+    };
+    let values = values(&message(&[(2, 1400), (8, 1000)]), 12);
+    let nested = values.iter().find(|(kind, _)| *kind == RTA_METRICS);
+    let nested: Vec<_> = attributes(&nested.unwrap().1)
+        .map(|(kind, value)| (kind, u32_at(value, 0)))
+        .collect();
+    assert_eq!(nested, [(2, 1400), (8, 1000)]);
+    let key = |pairs: &[(u32, u32)]| key_of(message(pairs).body()).unwrap();
+    assert_eq!(key(&[(2, 1400), (8, 1000)]), key(&[(8, 1000), (2, 1400)]));
+    assert_ne!(key(&[(2, 1400)]), key(&[(2, 1300)]));
+    assert_ne!(key(&[(2, 1400)]), key(&[]));
+    let unknown = with_metrics(&[(65536, 1)], route("", "10.88.0.1"));
+    assert!(route_message(&unknown, 2).is_err());
+}
+
+#[test]
+fn only_advertised_addresses_are_for_a_time() {
+    assert!(is_advertised(&[AF_INET6, 64, 0, 0]));
+    assert!(!is_advertised(&[AF_INET6, 64, IFA_F_PERMANENT, 0]));
+    assert!(!is_advertised(&[AF_INET, 24, 0, 0]));
+}
+
 #[test]
 fn malformed_routes_are_refused() {
     assert!(route_message(&route("", ""), 2).is_err());
@@ -165,6 +206,54 @@ fn ip(arguments: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// What [`configure`] makes of what the host says of eth1's router advertisements.
+fn advertisements(request: &mut Network, configure: &mut impl FnMut(&Network) -> Result<()>) {
+    const DIRECTORY: &str = "/proc/sys/net/ipv6/conf/eth1";
+    let settings = || {
+        ["disable_ipv6", "accept_ra", "autoconf"]
+            .map(|name| fs::read_to_string(format!("{DIRECTORY}/{name}")).unwrap())
+            .join("")
+    };
+    let made = "fd77::1/64";
+    let has_made = || ip("addr show eth1").contains(made);
+    // As an advertisement makes it.
+    let advertise = || {
+        ip(&format!(
+            "addr add {made} dev eth1 valid_lft 900 preferred_lft 900"
+        ))
+    };
+    // The host has told nothing.
+    assert_eq!(settings(), "0\n0\n0\n");
+    advertise();
+    configure(request).unwrap();
+    assert!(!has_made());
+
+    request.interfaces[0].accept_ra = 1;
+    request.interfaces[0].autoconf = true;
+    configure(request).unwrap();
+    assert_eq!(settings(), "0\n1\n1\n");
+    advertise();
+    ip("-6 route add default via fe80::77 dev eth1 proto ra metric 77 expires 900");
+    // The pod's own sysctl stays, as the host says nothing new.
+    fs::write(format!("{DIRECTORY}/accept_ra"), "2").unwrap();
+    configure(request).unwrap();
+    assert!(has_made() && ip("-6 route").contains("fe80::77"));
+    assert_eq!(settings(), "0\n2\n1\n");
+
+    let addresses = std::mem::take(&mut request.interfaces[0].addresses);
+    let routes = std::mem::take(&mut request.routes);
+    request.interfaces[0].disable_ipv6 = true;
+    configure(request).unwrap();
+    assert_eq!(settings(), "1\n2\n1\n");
+    assert!(!ip("addr show eth1").contains("inet6"));
+    request.interfaces[0].disable_ipv6 = false;
+    request.interfaces[0].addresses = addresses;
+    request.routes = routes;
+    configure(request).unwrap();
+    assert!(ip("addr show eth1").contains("fd09::2/64"));
+    assert_eq!(settings(), "0\n2\n1\n");
+}
+
 /// A whole configuration in a network namespace of the test's own, by the kernel that runs it.
 #[test]
 fn the_kernel_takes_it() {
@@ -200,7 +289,10 @@ fn the_kernel_takes_it() {
         ],
         // The gateway's own route comes last and is still set first.
         routes: vec![
-            on("eth0", route("", "10.8.0.1")),
+            on(
+                "eth0",
+                with_metrics(&[(1, 1 << 2), (2, 1350), (8, 1200)], route("", "10.8.0.1")),
+            ),
             on("eth0", route("10.8.0.1/32", "")),
             on("eth1", route("fd09::/64", "")),
             // The same destination by two interfaces.
@@ -213,7 +305,7 @@ fn the_kernel_takes_it() {
                 Route {
                     metric: 50,
                     source: "fd09::2".to_owned(),
-                    ..route("fd10::/64", "fd09::1")
+                    ..with_metrics(&[(2, 1300)], route("fd10::/64", "fd09::1"))
                 },
             ),
             on(
@@ -232,6 +324,8 @@ fn the_kernel_takes_it() {
         }],
         ..Default::default()
     };
+    let mut told = ipv6::Told::new();
+    let mut configure = |request: &Network| configure_after(request, &mut told);
     configure_loopback().unwrap();
     configure(&request).unwrap();
     configure(&request).expect("it can be asked for twice");
@@ -252,7 +346,7 @@ fn the_kernel_takes_it() {
     );
     let routes = ip("-4 route");
     for part in [
-        "default via 10.8.0.1 dev eth0",
+        "default via 10.8.0.1 dev eth0 proto static mtu lock 1350 advmss 1200",
         "10.8.0.1 dev eth0 proto static scope link",
         "10.7.0.0/16 dev eth0",
         "10.7.0.0/16 dev eth1",
@@ -263,7 +357,18 @@ fn the_kernel_takes_it() {
     let routes = ip("-6 route");
     assert!(routes.contains("fe80::/64 dev eth0") && routes.contains("fe80::/64 dev eth1"));
     assert!(routes.contains("fd10::/64 via fd09::1 dev eth1") && routes.contains("metric 50"));
+    assert!(routes.contains("mtu 1300"), "{routes}");
     assert!(ip("neigh").contains("169.254.1.1 dev eth1 lladdr ee:ee:ee:ee:ee:ee PERMANENT"));
+
+    // A route whose MTU changes is another one.
+    request.routes[0].metrics[1].value = 1250;
+    request.routes[7].metrics.clear();
+    configure(&request).unwrap();
+    let routes = ip("-4 route show default");
+    assert!(routes.contains("mtu lock 1250 advmss 1200") && !routes.contains("1350"));
+    assert!(!ip("-6 route").contains("mtu 1300"));
+
+    advertisements(&mut request, &mut configure);
 
     // Another pod's addresses replace the first one's.
     request.interfaces[0].addresses = vec!["10.9.0.3/24".to_owned()];

@@ -6,14 +6,18 @@ use caisson_protocol::agent;
 use futures_util::TryStreamExt;
 use rtnetlink::{
     Handle, IpVersion, RouteMessageBuilder,
+    packet_core::Nla,
     packet_route::{
-        address::{AddressAttribute, AddressFlags},
+        address::{AddressAttribute, AddressFlags, AddressMessage, AddressProtocol},
         link::{
-            InfoData, InfoIpVlan, InfoKind, IpVlanMode, LinkAttribute, LinkFlags, LinkInfo,
-            LinkLayerType, LinkMessage,
+            AfSpecInet6, AfSpecUnspec, InfoData, InfoIpVlan, InfoKind, IpVlanMode, LinkAttribute,
+            LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
         },
         neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState},
-        route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteType, RouteVia},
+        route::{
+            RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol,
+            RouteType, RouteVia,
+        },
     },
 };
 
@@ -45,9 +49,19 @@ pub struct Link {
     pub mtu: u32,
     /// It resolves no addresses (`IFF_NOARP`).
     no_arp: bool,
+    ipv6: Ipv6,
     /// Why its frames cannot be had, if so.
     pub unusable: Option<&'static str>,
     addresses: Vec<(IpAddr, u8)>,
+}
+
+/// An interface's settings of IPv6 (`net.ipv6.conf`). By default, and when the kernel does not tell
+/// them, it takes no router advertisements: a neighbour could send them (CVE-2020-10749).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Ipv6 {
+    disabled: bool,
+    accept_ra: u32,
+    autoconf: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,6 +73,8 @@ struct Route {
     scope: u8,
     onlink: bool,
     metric: u32,
+    /// `RTAX_*` with their values.
+    metrics: Vec<(u16, u32)>,
     ipv6: bool,
 }
 
@@ -107,6 +123,7 @@ fn link(message: &LinkMessage) -> Option<Link> {
         mac: [0; 6],
         mtu: 1500,
         no_arp: header.flags.contains(LinkFlags::Noarp),
+        ipv6: Ipv6::default(),
         unusable: None,
         addresses: Vec::new(),
     };
@@ -117,6 +134,9 @@ fn link(message: &LinkMessage) -> Option<Link> {
             LinkAttribute::Address(address) => link.mac = address.as_slice().try_into().ok()?,
             LinkAttribute::LinkInfo(infos) if !infos.iter().all(can_be_taken) => return None,
             LinkAttribute::LinkInfo(infos) => link.unusable = infos.iter().find_map(unusable),
+            LinkAttribute::AfSpecUnspec(families) => {
+                link.ipv6 = families.iter().find_map(ipv6_settings).unwrap_or_default();
+            }
             _ => {}
         }
     }
@@ -128,6 +148,26 @@ fn can_be_taken(info: &LinkInfo) -> bool {
         info,
         LinkInfo::Kind(InfoKind::Bridge | InfoKind::Dummy | InfoKind::Ifb)
     )
+}
+
+fn ipv6_settings(family: &AfSpecUnspec) -> Option<Ipv6> {
+    let AfSpecUnspec::Inet6(settings) = family else {
+        return None;
+    };
+    settings.iter().find_map(|one| match one {
+        AfSpecInet6::DevConf(settings) => Some(Ipv6 {
+            disabled: settings.disable_ipv6 != 0,
+            accept_ra: match settings.accept_ra {
+                0 => 0,
+                2 => 2,
+                // One that forwards takes none; the guest need not forward.
+                _ if settings.forwarding != 0 => 0,
+                _ => 1,
+            },
+            autoconf: settings.autoconf != 0,
+        }),
+        _ => None,
+    })
 }
 
 fn unusable(info: &LinkInfo) -> Option<&'static str> {
@@ -176,9 +216,20 @@ async fn read_addresses(handle: &Handle, layout: &mut Layout) -> Result<(), Erro
         let Some(address) = find(true).or_else(|| find(false)) else {
             continue;
         };
+        if link.ipv6.accept_ra != 0 && link.ipv6.autoconf && is_advertised_address(&message) {
+            continue;
+        }
         link.addresses.push((address, message.header.prefix_len));
     }
     Ok(())
+}
+
+/// Whether a router's advertisement has made it. The guest takes them itself, and the namespace, which
+/// gets no more of them, will lose it.
+fn is_advertised_address(message: &AddressMessage) -> bool {
+    message.attributes.contains(&AddressAttribute::Protocol(
+        AddressProtocol::RouterAnnouncement,
+    ))
 }
 
 async fn read_routes(
@@ -200,11 +251,28 @@ async fn read_routes(
         let Some(route) = route(&message, ipv6) else {
             continue;
         };
-        if layout.links.iter().any(|link| link.index == route.device) {
+        let Some(link) = layout.links.iter().find(|link| link.index == route.device) else {
+            continue;
+        };
+        if link.ipv6.accept_ra == 0 || !is_advertised_route(&message) {
             layout.routes.push(route);
         }
     }
     Ok(())
+}
+
+/// As [`is_advertised_address`]. That of an advertised network is the kernel's, and expires.
+fn is_advertised_route(message: &RouteMessage) -> bool {
+    let expires = || {
+        message.attributes.iter().any(
+            |attribute| matches!(attribute, RouteAttribute::CacheInfo(info) if info.expires != 0),
+        )
+    };
+    match message.header.protocol {
+        RouteProtocol::Ra => true,
+        RouteProtocol::Kernel => expires(),
+        _ => false,
+    }
 }
 
 fn route(message: &RouteMessage, ipv6: bool) -> Option<Route> {
@@ -218,6 +286,7 @@ fn route(message: &RouteMessage, ipv6: bool) -> Option<Route> {
         scope: header.scope.into(),
         onlink: header.flags.contains(RouteFlags::Onlink),
         metric: 0,
+        metrics: Vec::new(),
         ipv6,
     };
     for attribute in &message.attributes {
@@ -233,6 +302,9 @@ fn route(message: &RouteMessage, ipv6: bool) -> Option<Route> {
             RouteAttribute::PrefSource(address) => route.source = Some(ip(address)?),
             RouteAttribute::Oif(index) => route.device = *index,
             RouteAttribute::Priority(metric) => route.metric = *metric,
+            RouteAttribute::Metrics(metrics) => {
+                route.metrics = metrics.iter().filter_map(metric).collect();
+            }
             RouteAttribute::MultiPath(_) => {
                 log::warn!("a route of the pod by several routers is not passed on to the guest");
                 return None;
@@ -243,6 +315,20 @@ fn route(message: &RouteMessage, ipv6: bool) -> Option<Route> {
     // The guest's kernel makes those of multicast.
     let own = matches!(route.destination, Some((IpAddr::V6(address), _)) if address.is_multicast());
     (table == MAIN_TABLE && header.kind == RouteType::Unicast && !own).then_some(route)
+}
+
+/// None: a guest's kernel may not have it (an algorithm, a feature), and would refuse the route.
+fn metric(metric: &RouteMetric) -> Option<(u16, u32)> {
+    match metric {
+        RouteMetric::Lock(value)
+        | RouteMetric::Mtu(value)
+        | RouteMetric::Window(value)
+        | RouteMetric::Advmss(value)
+        | RouteMetric::Hoplimit(value)
+        | RouteMetric::InitCwnd(value)
+        | RouteMetric::InitRwnd(value) => Some((metric.kind(), *value)),
+        _ => None,
+    }
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
@@ -292,6 +378,14 @@ async fn read_neighbours(handle: &Handle, layout: &mut Layout) -> Result<(), Err
     Ok(())
 }
 
+fn metric_to_proto(&(kind, value): &(u16, u32)) -> agent::RouteMetric {
+    agent::RouteMetric {
+        kind: kind.into(),
+        value,
+        ..Default::default()
+    }
+}
+
 /// As text.
 pub fn mac(octets: [u8; 6]) -> String {
     octets.map(|octet| format!("{octet:02x}")).join(":")
@@ -313,6 +407,9 @@ impl Layout {
             addresses: link.addresses.iter().map(cidr).collect(),
             slot: slots(link.index),
             no_arp: link.no_arp,
+            disable_ipv6: link.ipv6.disabled,
+            accept_ra: link.ipv6.accept_ra,
+            autoconf: link.ipv6.autoconf,
             ..Default::default()
         });
         let routes = self.routes.iter().map(|route| agent::Route {
@@ -333,6 +430,7 @@ impl Layout {
                 0
             },
             metric: route.metric,
+            metrics: route.metrics.iter().map(metric_to_proto).collect(),
             ..Default::default()
         });
         let neighbours = self.neighbours.iter().map(|neighbour| agent::Neighbour {
@@ -349,3 +447,6 @@ impl Layout {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,7 @@ use caisson_protocol::agent::bind_device_request::Expect;
 use caisson_vmm_api::{DeviceConfig, Fd, NetConfig};
 use tokio::sync::mpsc;
 
-use super::Sandbox;
+use super::{Sandbox, trouble::Trouble};
 use crate::{
     error::Error,
     network::{Difference, Link, Network, mac},
@@ -148,7 +148,8 @@ impl Sandbox {
         };
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(changes.forward(sender));
-        tokio::spawn(follow(Arc::downgrade(self), receiver));
+        let sandbox = Arc::downgrade(self);
+        tokio::spawn(follow(receiver, async move || sync_living(&sandbox).await));
     }
 }
 
@@ -164,16 +165,57 @@ fn vhosts(count: usize) -> Vec<OwnedFd> {
     })
 }
 
-async fn follow(sandbox: Weak<Sandbox>, mut changes: mpsc::Receiver<()>) {
-    while changes.recv().await.is_some() {
-        let Some(sandbox) = sandbox.upgrade() else {
+/// None: it has gone.
+async fn sync_living(sandbox: &Weak<Sandbox>) -> Option<Result<(), Error>> {
+    let sandbox = sandbox.upgrade()?;
+    if sandbox.gone().is_some() {
+        return None;
+    }
+    Some(sandbox.sync_network().await)
+}
+
+/// Has every change be followed by a `sync`, and one that failed by another, until there is nothing
+/// to follow.
+async fn follow(
+    mut changes: mpsc::Receiver<()>,
+    mut sync: impl AsyncFnMut() -> Option<Result<(), Error>>,
+) {
+    let mut trouble = Trouble::default();
+    let next = Some(());
+    while trouble.wait(changes.recv()).await.unwrap_or(next).is_some() {
+        let Some(synced) = sync().await else {
             return;
         };
-        if sandbox.gone().is_some() {
-            return;
+        trouble.note(synced, |error| {
+            format!("the guest's network is not as the pod's for now: {error}")
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_failed_is_tried_again_without_a_change() {
+        let (sender, changes) = mpsc::channel(1);
+        let (attempts, mut attempted) = mpsc::unbounded_channel();
+        let mut results = vec![Ok(()), Err(Error::Invalid("no".to_owned()))];
+        tokio::spawn(follow(changes, async move || {
+            attempts.send(()).ok()?;
+            results.pop()
+        }));
+        sender.send(()).await.unwrap();
+        for _ in 0..2 {
+            attempted.recv().await.unwrap();
         }
-        if let Err(error) = sandbox.sync_network().await {
-            log::warn!("the guest's network is not as the pod's: {error}");
-        }
+        // The guest has it: nothing more is done until the next change, at which it has gone.
+        let quiet = tokio::time::timeout(Duration::from_secs(3600), attempted.recv()).await;
+        assert!(quiet.is_err());
+        sender.send(()).await.unwrap();
+        attempted.recv().await.unwrap();
+        assert_eq!(attempted.recv().await, None);
     }
 }

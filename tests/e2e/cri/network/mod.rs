@@ -211,7 +211,7 @@ fn layout<'a>(answers: impl Iterator<Item = &'a str>) -> BTreeSet<String> {
 fn describe(item: &Value, all: &mut BTreeSet<String>) {
     let Some(name) = item["ifname"].as_str() else {
         let keys = [
-            "dst", "gateway", "dev", "prefsrc", "metric", "scope", "lladdr",
+            "dst", "gateway", "dev", "prefsrc", "metric", "metrics", "scope", "lladdr",
         ];
         let told = keys.map(|key| format!("{key} {}", item[key]));
         all.insert(told.join(" "));

@@ -134,6 +134,18 @@ fn veth_pairs_and_bandwidth(version: Version) {
     let a = Pod::start(&cri, networks::PTP, "ptp-a", named_by("10.82.0.1"));
     let b = Pod::start(&cri, networks::PTP, "ptp-b", |_| {});
     reach(&cri, &site, [&a, &b], ["10.82.0.1", "fd82::1"]);
+    // A tunnel's MTU is the default route's alone (Cilium), and may change.
+    for mtu in [1300, 1350] {
+        let way = format!("default via 10.82.0.1 dev eth0 mtu {mtu} advmss 1200");
+        a.inside(&format!("ip route replace {way}")).ok();
+        let layout = a.is_as_its_namespace(&cri);
+        let wanted = format!("\"mtu\":{mtu}");
+        assert!(
+            layout.iter().any(|line| line.contains(&wanted)),
+            "{layout:#?}"
+        );
+    }
+    a.ask(&cri, 100_000, &["10.82.0.1"]);
     cri.remove_pod(&b.id);
     // The plugin's limit holds for a guest's frames: so many bytes, less the burst, take their time
     // both ways, and less without it.
