@@ -8,14 +8,18 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::Shutdown,
     os::unix::net::UnixStream,
-    sync::mpsc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
 use caisson_sandbox::scaled;
 use serde::{Deserialize, Serialize};
 
-use crate::{error::Error, terminal};
+use crate::{
+    drain::{Output, Progress},
+    error::Error,
+    terminal,
+};
 
 /// What the monitor says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -144,7 +148,7 @@ impl Client {
         serde_json::from_slice(&line).map_err(|_| died())
     }
 
-    /// Passes signals and, with a terminal, its size on.
+    /// Passes signals and, with a terminal, its size on, for as long as the container's monitor takes them.
     ///
     /// # Errors
     /// No thread.
@@ -162,7 +166,10 @@ impl Client {
                     (signal_hook::consts::SIGWINCH, None) => continue,
                     (other, _) => Wish::Signal(other.unsigned_abs()),
                 };
-                send(&control, wish);
+                if !send(&control, wish) && signal != signal_hook::consts::SIGWINCH {
+                    // The container has ended; what is left to do is this process's.
+                    let _ = signal_hook::low_level::emulate_default_handler(signal);
+                }
             }
         })
     }
@@ -192,13 +199,16 @@ impl Client {
             .control
             .try_clone()
             .map_err(Error::io("copy a socket"))?;
+        let progress = Arc::new(Progress::default());
+        let output = Output::new(stream, &progress);
         spawn("output", move || {
-            copy_output(stream, &control);
+            copy_output(output, &control);
             let _ = done.send(());
         })?;
         let news = self.next();
-        // A reader of ours that does not read does not hold up the end for ever.
-        let _ = drained.recv_timeout(scaled(Duration::from_secs(1)));
+        progress.outlast(scaled(Duration::from_secs(1)), |limit| {
+            drained.recv_timeout(limit) != Err(mpsc::RecvTimeoutError::Timeout)
+        });
         drop(raw);
         match news? {
             News::Ended { code, message } | News::Failed { code, message } => {
@@ -229,12 +239,13 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> 
         .map_err(Error::io("start a thread"))
 }
 
-fn send(mut control: &UnixStream, wish: Wish) {
-    if let Ok(mut line) = serde_json::to_vec(&wish) {
-        line.push(b'\n');
-        // A monitor that is gone is noticed by who waits for its news.
-        let _ = control.write_all(&line);
-    }
+/// False: the monitor has gone, which who waits for its news notices.
+fn send(mut control: &UnixStream, wish: Wish) -> bool {
+    let Ok(mut line) = serde_json::to_vec(&wish) else {
+        return true;
+    };
+    line.push(b'\n');
+    control.write_all(&line).is_ok()
 }
 
 fn copy_stdin(mut stream: UnixStream) {
@@ -259,7 +270,7 @@ fn copy_stdin(mut stream: UnixStream) {
     }
 }
 
-fn copy_output(stream: UnixStream, control: &UnixStream) {
+fn copy_output(stream: Output<UnixStream>, control: &UnixStream) {
     let mut stream = BufReader::with_capacity(MAX_FRAME + 5, stream);
     let mut buffer = vec![0; MAX_FRAME];
     let mut readers = true;

@@ -18,6 +18,7 @@ use caisson_sandbox::Config;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    document,
     error::Error,
     lock::Lock,
     network::{self, Mode, Wanted},
@@ -100,6 +101,9 @@ pub struct Request {
     pub tty: bool,
     /// It has a standard input.
     pub open_stdin: bool,
+    /// Which ends with the `run` that started it.
+    #[serde(default)]
+    pub stdin_once: bool,
     /// Signal of `stop`.
     pub stop_signal: u32,
     /// Bytes, 0 = no limit.
@@ -303,7 +307,7 @@ impl Containers {
     pub fn open() -> Result<Self, Error> {
         let config = Config::load(None)?;
         let directory = config.state_dir.join("containers");
-        fs::create_dir_all(&directory).map_err(Error::file("create", &directory))?;
+        document::private_directory(&directory)?;
         Ok(Self { config, directory })
     }
 
@@ -353,19 +357,42 @@ impl Containers {
         Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// Every container, the newest first, with its state as it is now.
+    /// Every container that can be read, the newest first, with its state as it is now.
     ///
     /// # Errors
     /// The directory cannot be read.
     pub fn all(&self) -> Result<Vec<Container>, Error> {
-        let mut containers: Vec<Container> = self
-            .ids()?
-            .iter()
-            .filter_map(|id| self.read(id).ok())
-            .map(|container| self.refresh(container))
-            .collect();
-        containers.sort_by_key(|container| std::cmp::Reverse(container.created));
+        let (containers, damaged) = self.with_damaged()?;
+        for error in damaged {
+            log::warn!("{error}");
+        }
         Ok(containers)
+    }
+
+    /// As [`Containers::all`], for who must not miss one.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn every(&self) -> Result<Vec<Container>, Error> {
+        let (containers, damaged) = self.with_damaged()?;
+        match damaged.into_iter().next() {
+            Some(error) => Err(error),
+            None => Ok(containers),
+        }
+    }
+
+    /// Every container, and why others cannot be read.
+    fn with_damaged(&self) -> Result<(Vec<Container>, Vec<Error>), Error> {
+        let (mut containers, mut damaged) = (Vec::new(), Vec::new());
+        for id in self.ids()? {
+            match self.find_whole(&id) {
+                Ok(Some(container)) => containers.push(self.refresh(container)),
+                Ok(None) => {}
+                Err(error) => damaged.push(error),
+            }
+        }
+        containers.sort_by_key(|container| std::cmp::Reverse(container.created));
+        Ok((containers, damaged))
     }
 
     fn ids(&self) -> Result<Vec<String>, Error> {
@@ -385,8 +412,10 @@ impl Containers {
         let wanted = name.trim_start_matches('/');
         let mut found: Vec<Container> = Vec::new();
         for id in self.ids()? {
-            let Ok(container) = self.read(&id) else {
-                continue;
+            let container = match self.find_whole(&id) {
+                Ok(Some(container)) => container,
+                Err(error) if !wanted.is_empty() && id.starts_with(wanted) => return Err(error),
+                _ => continue,
             };
             if container.id == wanted || container.name == wanted {
                 return Ok(self.refresh(container));
@@ -407,13 +436,20 @@ impl Containers {
     /// # Errors
     /// It is gone or damaged.
     pub fn read(&self, id: &str) -> Result<Container, Error> {
+        self.find_whole(id)?
+            .ok_or_else(|| Error::NoSuchContainer(id.to_owned()))
+    }
+
+    /// A container; None for one that is half made, or gone.
+    fn find_whole(&self, id: &str) -> Result<Option<Container>, Error> {
         let path = self.directory(id).join("container.json");
-        let text = fs::read(&path).map_err(Error::file("read", &path))?;
-        let container: Container = serde_json::from_slice(&text).map_err(|error| Error::File {
-            what: "read",
-            path: path.clone(),
-            source: io::Error::other(error),
-        })?;
+        let damaged = |error| Error::DamagedContainer {
+            id: id.to_owned(),
+            source: Box::new(error),
+        };
+        let Some(container) = document::read::<Container>(&path).map_err(damaged)? else {
+            return Ok(None);
+        };
         if container.version != VERSION {
             return Err(Error::State(format!(
                 "{} is of version {}, this program knows {VERSION}",
@@ -421,7 +457,7 @@ impl Containers {
                 container.version
             )));
         }
-        Ok(container)
+        Ok(Some(container))
     }
 
     /// Writes a container.
@@ -429,18 +465,10 @@ impl Containers {
     /// # Errors
     /// No space, or it has been removed.
     pub fn write(&self, container: &Container) -> Result<(), Error> {
-        let directory = self.directory(&container.id);
-        let (new, path) = (
-            directory.join("container.new"),
-            directory.join("container.json"),
-        );
-        let text = serde_json::to_vec_pretty(container).map_err(|error| Error::Io {
-            what: "encode a container",
-            source: io::Error::other(error),
-        })?;
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(Error::file("write", path))
+        document::write(
+            &self.directory(&container.id).join("container.json"),
+            container,
+        )
     }
 
     /// Changes a container under its lock.
@@ -481,13 +509,7 @@ impl Containers {
         if container.pod().is_some() {
             shim::end_task(&bundle, id);
         }
-        shim::end_orphan(&bundle);
-        if let Err(error) = shim::delete(&self.config, (shim::NAMESPACE, id), &bundle) {
-            log::warn!("{error}");
-        }
-        if let Err(error) = network::detach(&self.config, id) {
-            log::warn!("{error}");
-        }
+        self.end_by_force(id);
         container.state.status = Status::Exited;
         container.state.pid = 0;
         container.state.exit_code = KILLED;
@@ -496,6 +518,28 @@ impl Containers {
         container.state.finished_at = Some(SystemTime::now());
         self.write(&container)?;
         Ok(container)
+    }
+
+    /// Ends the microVM of a container whose monitor has gone, and takes its networks away.
+    fn end_by_force(&self, id: &str) {
+        let bundle = self.bundle(id);
+        shim::end_orphan(&bundle);
+        if let Err(error) = shim::delete(&self.config, (shim::NAMESPACE, id), &bundle) {
+            log::warn!("{error}");
+        }
+        if let Err(error) = network::detach(&self.config, id) {
+            log::warn!("{error}");
+        }
+    }
+
+    /// Ends and removes a container of which nothing can be read.
+    ///
+    /// # Errors
+    /// Its directory cannot be removed.
+    pub fn remove_damaged(&self, id: &str) -> Result<(), Error> {
+        let _lock = self.lock()?;
+        self.end_by_force(id);
+        self.remove(id)
     }
 
     /// Removes containers that a `run` that was killed has half made. The caller holds the lock

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     container::{Container, Containers, Status},
+    drain::Output,
     error::Error,
     exec::{Ends, Exec, Work, copy_output, copy_stdin},
 };
@@ -84,7 +85,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
                 // What a container calls a disk of its own would be one of the host's here.
                 devices: false,
             };
-            let work: Copy = match to {
+            let work: Copy<Output<File>> = match to {
                 Place::Host(path) => {
                     let destination = Destination::Path(path.to_owned());
                     Box::new(move |file| archive::unpack(file, &destination, attributes))
@@ -102,7 +103,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
             copy(name, &request, Side::Reads(work), source)
         }
         (from @ (Place::Host(_) | Place::Stream), Place::Container { name, path }) => {
-            let (destination, work): (_, Copy) = match from {
+            let (destination, work): (_, Copy<File>) = match from {
                 Place::Host(path) => {
                     // Before a process is started in the container.
                     path.symlink_metadata().map_err(Error::file("find", path))?;
@@ -138,12 +139,12 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
     }
 }
 
-type Copy = Box<dyn FnOnce(File) -> Result<(), archive::Error> + Send>;
+type Copy<T> = Box<dyn FnOnce(T) -> Result<(), archive::Error> + Send>;
 
 /// What this side does with the stream.
 enum Side {
-    Reads(Copy),
-    Writes(Copy),
+    Reads(Copy<Output<File>>),
+    Writes(Copy<File>),
 }
 
 /// `shown` is the container's operand.
@@ -237,16 +238,16 @@ fn ends(
     done: mpsc::Sender<Result<(), archive::Error>>,
     words: mpsc::Sender<String>,
 ) -> Ends {
-    let of = |copy: Copy| -> Work {
-        Box::new(move |file| {
-            let _ = done.blocking_send(copy(file));
+    fn of<T: 'static>(copy: Copy<T>, done: mpsc::Sender<Result<(), archive::Error>>) -> Work<T> {
+        Box::new(move |stream| {
+            let _ = done.blocking_send(copy(stream));
         })
+    }
+    let (stdin, stdout): (Option<Work<File>>, Work<Output<File>>) = match side {
+        Side::Reads(copy) => (None, of(copy, done)),
+        Side::Writes(copy) => (Some(of(copy, done)), Box::new(drop)),
     };
-    let (stdin, stdout): (Option<Work>, Work) = match side {
-        Side::Reads(copy) => (None, of(copy)),
-        Side::Writes(copy) => (Some(of(copy)), Box::new(drop)),
-    };
-    let stderr = move |file: File| {
+    let stderr = move |file: Output<File>| {
         let mut said = Vec::new();
         let _ = file.take(MAX_WORDS).read_to_end(&mut said);
         let _ = words.blocking_send(String::from_utf8_lossy(&said).into_owned());

@@ -11,9 +11,29 @@ pub enum Error {
     /// No such container.
     #[error("No such container: {0}")]
     NoSuchContainer(String),
+    /// What is known of a container cannot be read.
+    #[error(
+        "container {id} is damaged ({source}); `caisson rm -f {id}` removes what is left of it"
+    )]
+    DamagedContainer {
+        /// Whose.
+        id: String,
+        /// Why.
+        source: Box<Error>,
+    },
     /// No such volume.
     #[error("no such volume: {0}")]
     NoSuchVolume(String),
+    /// What is known of a volume cannot be read.
+    #[error(
+        "volume {name} is damaged ({source}); `caisson volume rm -f {name}` removes it with its files"
+    )]
+    DamagedVolume {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: Box<Error>,
+    },
     /// No such network.
     #[error("no such network: {0}; there are those of `caisson network ls`")]
     NoSuchNetwork(String),

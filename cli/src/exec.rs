@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,6 +16,7 @@ use tokio::sync::mpsc;
 use crate::{
     arguments::{one, rest, values},
     container::{Container, Containers, Status},
+    drain::{Output, Progress},
     error::{Error, ShimCode},
     options,
     shim::{Shim, Streams, make_fifo},
@@ -71,7 +73,7 @@ pub fn run(matches: &ArgMatches) -> Result<u8, Error> {
         let (left, mut readers) = mpsc::channel(1);
         let left_too = left.clone();
         let ends = Ends {
-            stdin: interactive.then(|| Box::new(copy_stdin) as Work),
+            stdin: interactive.then(|| Box::new(copy_stdin) as Work<File>),
             stdout: Box::new(move |file| {
                 if copy_output(file, &mut io::stdout().lock()).is_err() {
                     let _ = left.try_send(());
@@ -129,6 +131,9 @@ fn process(
         .collect();
     let mut request = container.request.clone();
     request.tty = matches.get_flag("tty");
+    if request.tty && !request.env.iter().any(|one| one.starts_with("TERM=")) {
+        request.env.push("TERM=xterm".to_owned());
+    }
     for text in values(matches, "env") {
         request.env.extend(options::variable(text)?);
     }
@@ -136,7 +141,7 @@ fn process(
         options::workdir(directory)?;
         directory.clone_into(&mut request.working_dir);
     }
-    if let Some(user) = one(matches, "user") {
+    if let Some(user) = one(matches, "user").filter(|user| !user.is_empty()) {
         user.clone_into(&mut request.user);
     }
     let mut process = spec::process(&request, words, &capabilities, &[]);
@@ -152,16 +157,16 @@ fn capability_name(text: &str) -> &str {
 }
 
 /// What is done, in a thread of its own, with this side of a stream.
-pub type Work = Box<dyn FnOnce(File) + Send>;
+pub type Work<T> = Box<dyn FnOnce(T) + Send>;
 
 /// This side of a program's streams. With a terminal there is no stderr.
 pub struct Ends {
     /// Writes to the program.
-    pub stdin: Option<Work>,
+    pub stdin: Option<Work<File>>,
     /// Reads what it writes.
-    pub stdout: Work,
+    pub stdout: Work<Output<File>>,
     /// Reads what it writes.
-    pub stderr: Work,
+    pub stderr: Work<Output<File>>,
 }
 
 /// One more program in a container.
@@ -240,16 +245,16 @@ impl Exec {
             .then(terminal::Raw::enter)
             .transpose()?;
         let (done, mut drained) = mpsc::channel(2);
-        let mut copies = 0;
+        let (progress, mut copies) = (Arc::new(Progress::default()), 0);
         for (file, work) in outputs.into_iter().zip([ends.stdout, ends.stderr]) {
             if let Some(file) = file {
-                let done = done.clone();
+                let (done, progress) = (done.clone(), progress.clone());
                 copies += 1;
                 spawn("output", move || {
                     // From here on the shim holds the writing end, so reading waits for data or
                     // the end.
                     if rustix::io::ioctl_fionbio(&file, false).is_ok() {
-                        work(file);
+                        work(Output::new(file, &progress));
                     }
                     let _ = done.blocking_send(());
                 })?;
@@ -264,8 +269,8 @@ impl Exec {
                 drained.recv().await;
             }
         };
-        // Somebody in the container may hold the stream open, or nobody reads ours.
-        let _ = tokio::time::timeout(scaled(Duration::from_secs(2)), drain).await;
+        let limit = scaled(Duration::from_secs(2));
+        progress.outlast_future(limit, drain).await;
         drop(raw);
         let status = status?;
         let _ = self.shim.delete(&self.id, &self.exec_id).await;
@@ -309,7 +314,7 @@ impl Exec {
     }
 
     /// Passes standard input on, by a thread that ends with the process.
-    fn feed(&self, fifo: PathBuf, work: Work) -> Result<(), Error> {
+    fn feed(&self, fifo: PathBuf, work: Work<File>) -> Result<(), Error> {
         let (ended, mut end) = mpsc::channel::<()>(1);
         spawn("stdin", move || {
             if let Ok(pipe) = File::options().write(true).open(fifo) {
@@ -359,7 +364,7 @@ fn open_output(path: &Option<PathBuf>) -> Result<Option<File>, Error> {
 ///
 /// # Errors
 /// Nobody wants it.
-pub fn copy_output(mut file: File, to: &mut impl Write) -> io::Result<()> {
+pub fn copy_output(mut file: impl Read, to: &mut impl Write) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     while let Ok(length @ 1..) = file.read(&mut buffer) {
         to.write_all(&buffer[..length]).and_then(|()| to.flush())?;

@@ -267,6 +267,7 @@ fn describe(containers: &Containers, container: &Container) -> Value {
             "User": request.user,
             "Tty": request.tty,
             "OpenStdin": request.open_stdin,
+            "StdinOnce": request.stdin_once,
             "Env": request.env,
             "Cmd": list(&request.cmd),
             "Image": container.image,

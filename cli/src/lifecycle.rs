@@ -216,8 +216,12 @@ pub fn remove(matches: &ArgMatches) -> Result<u8, Error> {
     each(matches, true, |containers, name| {
         let container = match containers.find(name) {
             // As docker: -f is content when there is nothing.
-            Err(Error::NoSuchContainer(_)) if force => {
-                return Err(Error::NoSuchContainer(name.to_owned()));
+            Err(error @ Error::NoSuchContainer(_)) if force => {
+                eprintln!("caisson: {error}");
+                return Ok(());
+            }
+            Err(Error::DamagedContainer { id, .. }) if force => {
+                return containers.remove_damaged(&id);
             }
             other => other?,
         };

@@ -9,6 +9,8 @@ mod check;
 mod config;
 mod container;
 mod copy;
+mod document;
+mod drain;
 mod error;
 mod exec;
 mod images;

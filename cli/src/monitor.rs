@@ -27,12 +27,16 @@ use tokio::{
 use crate::{
     attach::{self, MAX_FRAME, News, STDERR, STDIN, STDOUT, Wish},
     container::{Container, Containers, Status, own_identity},
+    drain::{Copying, Progress},
     error::Error,
     log_file::{Stream, Writer},
     network::{self, Link, Reserved},
     shim::{self, Shim, Streams},
     volumes,
 };
+
+/// How long a guest may keep a stream open whose program has ended.
+const REST_LIMIT: Duration = Duration::from_secs(2);
 
 /// 128 + SIGKILL: the machine or the shim went, and the container with it.
 const KILLED: u32 = 137;
@@ -323,6 +327,7 @@ async fn follow(
     let log = Writer::create(&containers.directory(id).join("log.json"))
         .map_err(Error::io("create the container's log"))?;
     let log = Arc::new(Mutex::new(log));
+    let progress = Arc::new(Progress::default());
     let mut outputs = JoinSet::new();
     for (pipe, kind) in [
         (running.stdout, Stream::Stdout),
@@ -331,6 +336,7 @@ async fn follow(
         if let Some(pipe) = pipe {
             outputs.spawn(copy_output(
                 pipe,
+                Copying::new(&progress),
                 kind,
                 log.clone(),
                 attached.clone(),
@@ -341,8 +347,10 @@ async fn follow(
     let input = tokio::spawn(copy_input(
         from_run,
         running.streams.stdin.clone(),
-        running.shim.clone(),
-        id.clone(),
+        container
+            .request
+            .stdin_once
+            .then(|| (running.shim.clone(), id.clone())),
     ));
 
     let end = running.shim.wait(id, "");
@@ -363,8 +371,7 @@ async fn follow(
             },
             _ = terminate.recv() => {
                 // `rm -f`: nobody shall wait for the output either.
-                detach.notify_waiters();
-                attached.lock().await.take();
+                let_go(&detach, &attached).await;
                 let _ = running.shim.kill(id, "", 9, true).await;
             }
         }
@@ -374,6 +381,12 @@ async fn follow(
     let message = explanation(&bundle, ended.as_ref().err());
     let oom_killed = bundle.join("oom").exists();
     if ended.is_ok() {
+        // `run` may be slower than the program was. What the guest still has goes with the task.
+        let rest = async { while outputs.join_next().await.is_some() {} };
+        tokio::select! {
+            _ = progress.outlast_future(scaled(REST_LIMIT), rest) => {}
+            _ = terminate.recv() => let_go(&detach, &attached).await,
+        }
         // Refused only when it is gone, which is what is wanted.
         let _ = running.shim.delete(id, "").await;
     }
@@ -387,7 +400,7 @@ async fn follow(
     let drain = async { while outputs.join_next().await.is_some() {} };
     tokio::select! {
         () = drain => {}
-        _ = terminate.recv() => { detach.notify_waiters(); }
+        _ = terminate.recv() => let_go(&detach, &attached).await,
     }
     if let Err(error) = log.lock().unwrap_or_else(PoisonError::into_inner).finish() {
         log::error!("the end of the container's log is lost: {error}");
@@ -417,8 +430,15 @@ fn explanation(bundle: &Path, lost: Option<&Error>) -> String {
         .unwrap_or_default()
 }
 
+/// Leaves `run` without the rest of the output.
+async fn let_go(detach: &Notify, attached: &Attached) {
+    detach.notify_waiters();
+    attached.lock().await.take();
+}
+
 async fn copy_output(
     mut pipe: pipe::Receiver,
+    copying: Copying,
     kind: Stream,
     log: Arc<Mutex<Writer>>,
     attached: Attached,
@@ -431,7 +451,12 @@ async fn copy_output(
         STDERR
     };
     let mut lost = false;
-    while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
+    loop {
+        let waiting = copying.wait();
+        let Ok(length @ 1..) = pipe.read(&mut buffer).await else {
+            return;
+        };
+        drop(waiting);
         let bytes = &buffer[..length];
         let written = log
             .lock()
@@ -462,8 +487,13 @@ async fn send(attached: &Attached, frame: u8, bytes: &[u8]) {
     }
 }
 
-/// Until `run` says its input is at its end, or leaves.
-async fn copy_input(mut from_run: OwnedReadHalf, fifo: Option<PathBuf>, shim: Shim, id: String) {
+/// Until `run` says its input is at its end, or leaves; then the program's is closed, if it is one of
+/// those whose input is `run`'s.
+async fn copy_input(
+    mut from_run: OwnedReadHalf,
+    fifo: Option<PathBuf>,
+    program: Option<(Shim, String)>,
+) {
     let Some(fifo) = fifo else { return };
     let Ok(mut pipe) = pipe::OpenOptions::new().open_sender(&fifo) else {
         return;
@@ -482,6 +512,8 @@ async fn copy_input(mut from_run: OwnedReadHalf, fifo: Option<PathBuf>, shim: Sh
         }
     }
     drop(pipe);
-    // It may have ended by itself.
-    let _ = shim.close_stdin(&id, "").await;
+    if let Some((shim, id)) = program {
+        // It may have ended by itself.
+        let _ = shim.close_stdin(&id, "").await;
+    }
 }

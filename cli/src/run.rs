@@ -179,6 +179,7 @@ fn request_of(matches: &ArgMatches) -> Result<Request, Error> {
     let mut request = Request {
         tty: matches.get_flag("tty"),
         open_stdin: matches.get_flag("interactive"),
+        stdin_once: matches.get_flag("interactive") && !matches.get_flag("detach"),
         read_only: matches.get_flag("read-only"),
         stop_signal: TERM,
         ..Request::default()
@@ -320,6 +321,7 @@ fn apply_image(
         ));
     }
     request.user = one(matches, "user")
+        .filter(|user| !user.is_empty())
         .map(str::to_owned)
         .or(config.user().clone())
         .unwrap_or_default();

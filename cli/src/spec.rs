@@ -311,7 +311,8 @@ fn mounts(extra: &Extra) -> Vec<Value> {
         let mut options = vec!["rbind", propagation];
         // As docker: what is mounted below cannot be written either.
         options.push(if share.read_only { "rro" } else { "rw" });
-        if share.copies {
+        // One that is not to be written cannot be filled.
+        if share.copies && !share.read_only {
             options.push("x-caisson.copyup");
         }
         let mount = json!({ "destination": share.target, "type": "bind", "source": share.source, "options": options });

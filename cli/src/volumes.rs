@@ -16,6 +16,7 @@ use crate::{
     Format,
     arguments::{one, values},
     container::{Container, Containers, Request, Shared, VolumeName},
+    document,
     error::Error,
     images, inspect,
     mounts::{self, Share, Source},
@@ -63,34 +64,23 @@ impl Volumes {
         if let Some(there) = self.read(&volume.name)? {
             return Ok(there);
         }
-        let directory = self.directory.join(&volume.name);
-        let text = serde_json::to_vec_pretty(volume).map_err(|error| Error::Io {
-            what: "encode a volume",
-            source: io::Error::other(error),
-        })?;
         let data = self.data(&volume.name);
+        document::private_directory(&self.directory)?;
         fs::create_dir_all(&data).map_err(Error::file("create", &data))?;
         // Last: a volume without it was half made by somebody who was killed.
-        let (new, path) = (directory.join("volume.new"), directory.join("volume.json"));
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(Error::file("write", path))?;
+        document::write(&self.document(&volume.name), volume)?;
         Ok(volume.clone())
     }
 
+    fn document(&self, name: &str) -> PathBuf {
+        self.directory.join(name).join("volume.json")
+    }
+
     fn read(&self, name: &str) -> Result<Option<Volume>, Error> {
-        let path = self.directory.join(name).join("volume.json");
-        let text = match fs::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            text => text.map_err(Error::file("read", &path))?,
-        };
-        serde_json::from_slice(&text)
-            .map(Some)
-            .map_err(|error| Error::File {
-                what: "read",
-                path,
-                source: io::Error::other(error),
-            })
+        document::read(&self.document(name)).map_err(|error| Error::DamagedVolume {
+            name: name.to_owned(),
+            source: Box::new(error),
+        })
     }
 
     /// A volume.
@@ -105,7 +95,7 @@ impl Volumes {
             .ok_or_else(|| Error::NoSuchVolume(name.to_owned()))
     }
 
-    /// Every volume, by name.
+    /// Every volume that can be read, by name.
     ///
     /// # Errors
     /// The directory cannot be read.
@@ -116,7 +106,10 @@ impl Volumes {
         };
         let mut all = Vec::new();
         for entry in entries.flatten() {
-            all.extend(self.read(&entry.file_name().to_string_lossy())?);
+            match self.read(&entry.file_name().to_string_lossy()) {
+                Ok(volume) => all.extend(volume),
+                Err(error) => log::warn!("{error}"),
+            }
         }
         all.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(all)
@@ -230,7 +223,18 @@ pub fn remove_container_locked(
     container: &Container,
 ) -> Result<(), Error> {
     containers.remove(&container.id)?;
-    let (volumes, all) = (Volumes::of(&containers.config), containers.all()?);
+    if container.request.anonymous_volumes().next().is_none() {
+        return Ok(());
+    }
+    let volumes = Volumes::of(&containers.config);
+    let all = match containers.every() {
+        Ok(all) => all,
+        Err(error) => {
+            // It may have one of them: `volume prune` finds them when it has been removed.
+            log::warn!("the volumes of container {} stay: {error}", container.id);
+            return Ok(());
+        }
+    };
     for name in container.request.anonymous_volumes() {
         // Somebody may have found its name and use for it.
         if users(&all, name).is_empty() {
@@ -326,9 +330,13 @@ fn remove(matches: &ArgMatches) -> Result<u8, Error> {
     let containers = Containers::open()?;
     let volumes = Volumes::of(&containers.config);
     let _lock = containers.lock()?;
-    let all = containers.all()?;
+    let all = containers.every()?;
+    let force = matches.get_flag("force");
     let one = |name: &str| {
-        volumes.get(name)?;
+        match volumes.get(name) {
+            Err(Error::DamagedVolume { .. }) if force => {}
+            found => drop(found?),
+        }
         match users(&all, name).as_slice() {
             [] => volumes.remove(name),
             users => Err(Error::State(format!(
@@ -337,7 +345,6 @@ fn remove(matches: &ArgMatches) -> Result<u8, Error> {
             ))),
         }
     };
-    let force = matches.get_flag("force");
     Ok(for_each(values(matches, "volume"), |name| {
         match one(name) {
             // As docker: -f is content when there is nothing.
@@ -360,7 +367,7 @@ fn prune(matches: &ArgMatches) -> Result<u8, Error> {
     let containers = Containers::open()?;
     let volumes = Volumes::of(&containers.config);
     let _lock = containers.lock()?;
-    let all = containers.all()?;
+    let all = containers.every()?;
     let (mut freed, mut deleted) = (0, Vec::new());
     for volume in volumes.all()? {
         if (every || volume.anonymous) && users(&all, &volume.name).is_empty() {
@@ -409,5 +416,12 @@ mod tests {
         assert!(volumes.get("data").is_err());
         volumes.create(&volume).unwrap();
         assert_eq!(volumes.get("data").unwrap(), volume);
+        // One that is damaged is not in the way of others.
+        volume.name = "whole".to_owned();
+        volumes.create(&volume).unwrap();
+        fs::write(volumes.document("data"), "").unwrap();
+        assert_eq!(volumes.all().unwrap(), [volume]);
+        let error = volumes.get("data").unwrap_err().to_string();
+        assert!(error.contains("`caisson volume rm -f data`"), "{error}");
     }
 }

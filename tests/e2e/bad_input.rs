@@ -134,10 +134,13 @@ fn an_unknown_user_in_the_image_is_named() {
     let host = Host::claim();
     let image = Image::busybox("caisson.test/ghost:1").config("User", json!("ghost"));
     let image = host.load(&image);
-    let finished = host
-        .caisson(["run", "--rm", image, "true"])
-        .expect_error(&["ghost"]);
-    assert!([125, 126].contains(&finished.code()), "{finished}");
+    // An empty one is none.
+    for flags in [&[][..], &["-u", ""]] {
+        let finished = host
+            .caisson([&["run", "--rm"], flags, &[image, "true"]].concat())
+            .expect_error(&["ghost"]);
+        assert!([125, 126].contains(&finished.code()), "{finished}");
+    }
     host.caisson(["rmi", image]).ok();
 }
 
@@ -266,6 +269,23 @@ fn output_that_nobody_reads_does_not_grow_without_end() {
     }
     host.caisson(["rm", "-f", "flood"]).ok();
     reader_never_reads.wait().unwrap();
+}
+
+#[test]
+fn a_slow_reader_gets_everything() {
+    let host = Host::claim();
+    // More than a pipe holds, and less than it takes to hold up the program.
+    let script = format!(
+        "'{}' run --rm {} seq 20000 | (sleep {}; md5sum)",
+        host.program().display(),
+        host.busybox(),
+        seconds(2.0).as_secs_f64()
+    );
+    let expected = Command::new(["sh", "-c", "seq 20000 | md5sum"]).run().ok();
+    Command::new(["sh", "-c", &script])
+        .within(60.0)
+        .run()
+        .expect_stdout(&expected.stdout());
 }
 
 #[test]

@@ -1,9 +1,12 @@
 //! `ps`, `stop`, `kill`, `wait`, `rm`, `inspect`: a container's life from outside.
 
-use std::time::Duration;
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use caisson_tests::{Host, seconds};
 use serde_json::Value;
+
+/// Where containers are.
+const CONTAINERS: &str = "/var/lib/caisson/containers";
 
 /// A detached container named `name` that runs a shell script; gives its id.
 fn detached(host: &Host, name: &str, script: &str) -> String {
@@ -24,7 +27,9 @@ fn detached(host: &Host, name: &str, script: &str) -> String {
 #[test]
 fn a_detached_container_is_listed_by_id_name_and_state() {
     let host = Host::claim();
-    let id = detached(&host, "web", "exec sleep 1000");
+    // Its input stays open: nobody is there to end it.
+    let words = ["run", "-d", "-i", "--name", "web", host.busybox(), "cat"];
+    let id = host.caisson(words).ok().line();
     assert!(
         id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()),
         "{id}"
@@ -46,6 +51,7 @@ fn a_detached_container_is_listed_by_id_name_and_state() {
     );
     host.caisson(["ps", "-q"])
         .expect_stdout(&format!("{}\n", &id[..12]));
+    host.caisson(["exec", "web", "true"]).ok();
     host.caisson(["stop", "-t", "0", "web"])
         .expect_stdout("web\n");
     assert_eq!(host.caisson(["ps", "-q"]).ok().stdout(), "");
@@ -168,6 +174,31 @@ fn rm_spares_the_running_unless_forced() {
     host.caisson(["inspect", "busy"])
         .expect_error(&["no such", "busy"])
         .expect_code(1);
+    // What is to be gone is gone.
+    let again = host.caisson(["rm", "-f", "busy"]).expect_stdout("");
+    assert!(
+        again.stderr().contains("No such container: busy"),
+        "{again}"
+    );
+}
+
+#[test]
+fn a_damaged_container_is_told_and_can_be_removed() {
+    let host = Host::claim();
+    let id = detached(&host, "whole", "exec sleep 1000");
+    let directory = Path::new(CONTAINERS).join(&id);
+    let mode = fs::metadata(CONTAINERS).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+    fs::write(directory.join("container.json"), "").unwrap();
+    assert_eq!(host.caisson(["ps", "-aq"]).ok().stdout(), "");
+    let short = &id[..12];
+    host.caisson(["rm", short])
+        .expect_error(&["damaged", &id, "rm -f"]);
+    // It may be the one that uses them.
+    host.caisson(["volume", "prune", "-a", "-f"])
+        .expect_error(&["damaged"]);
+    host.caisson(["rm", "-f", short]).ok();
+    assert!(!directory.exists());
 }
 
 #[test]

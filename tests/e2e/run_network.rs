@@ -124,6 +124,10 @@ fn ports_are_published_and_the_host_is_reached() {
         "-p",
         "127.0.0.1:18081:80",
         "-p",
+        "0.0.0.0:18082:80",
+        "-p",
+        "[::]:18082:80",
+        "-p",
         "15201:5201",
         "-p",
         "15201:5201/udp",
@@ -133,7 +137,9 @@ fn ports_are_published_and_the_host_is_reached() {
     for address in [
         "127.0.0.1:18080",
         "127.0.0.1:18081",
+        "127.0.0.1:18082",
         &format!("{own}:18080"),
+        &format!("{own}:18082"),
     ] {
         assert_eq!(get(address), "served by box\n", "{address}");
     }
@@ -159,11 +165,16 @@ fn ports_are_published_and_the_host_is_reached() {
     for line in [
         "80/tcp -> 0.0.0.0:18080\n",
         "80/tcp -> 127.0.0.1:18081\n",
+        "80/tcp -> 0.0.0.0:18082\n",
         "5201/udp -> 0.0.0.0:15201\n",
         "9000/udp -> 0.0.0.0:",
     ] {
         assert!(ports.contains(line), "{line:?} in {ports}");
     }
+    // The network has no IPv6, of which the pair's other half would be.
+    assert!(!ports.contains("[::]"), "{ports}");
+    sh(&host, ["-p", "[::]:18083:80"], "true").expect_error(&["[::]:18083", "family"]);
+    sh(&host, ["-p", "[::1]:18083:80"], "true").expect_error(&["[::1]:18083", "127.0.0.1"]);
     host.caisson(["port", "web", "5201/udp"])
         .expect_stdout("0.0.0.0:15201\n");
     host.caisson(["port", "web", "81"])
@@ -227,8 +238,15 @@ fn containers_of_a_network_find_each_other_by_name() {
         "app",
         "--network-alias",
         "www",
+        "-p",
+        "0.0.0.0:18084:80",
+        "-p",
+        "[::]:18084:80",
     ];
     run(&host, flags, serve).ok();
+    host.caisson(["port", "web"])
+        .expect_stdout("80/tcp -> 0.0.0.0:18084\n80/tcp -> [::]:18084\n");
+    assert_eq!(get("127.0.0.1:18084"), "served by web-host\n");
     let flags = [
         "--name",
         "db",

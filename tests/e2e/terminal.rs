@@ -71,9 +71,10 @@ fn exec_it_gives_a_second_terminal() {
     ])
     .ok();
     let mut terminal = host.terminal(["exec", "-it", "base", "sh"]);
-    terminal.send("tty; ps | grep -c 'sleep 100[0]'\r");
+    terminal.send("tty; ps | grep -c 'sleep 100[0]'; echo is-$TERM\r");
     terminal.expect("/dev/pts/");
     terminal.expect("1");
+    terminal.expect("is-xterm");
     terminal.send("exit 5\r");
     assert_eq!(terminal.finish(), 5);
     host.caisson(["rm", "-f", "base"]).ok();

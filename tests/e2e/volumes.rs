@@ -38,7 +38,12 @@ fn a_volume_outlives_its_containers() {
     // The next one finds it as it is, wherever it is mounted.
     let change = "cat /x/more /x/from-image; rm /x/from-image /x/link";
     assert_eq!(run(&host, &["-v", "kept:/x"], change), "more\nimage\n");
-    assert_eq!(run(&host, &["-v", "kept:/data:ro"], "ls /data"), "more\n");
+    // One that is new and read-only stays empty.
+    let read_only = ["-v", "kept:/data:ro", "-v", "new:/new:ro"];
+    assert_eq!(
+        run(&host, &read_only, "ls /data /new"),
+        "/data:\nmore\n\n/new:\n"
+    );
     let written = host.caisson([
         "run",
         "--rm",

@@ -42,6 +42,9 @@ pub struct Attachment {
     pub ports: Vec<Port>,
     /// What netavark is told to make, and to take away; nothing where passt does it.
     input: Value,
+    /// netavark has failed to take it away; it is asked once more.
+    #[serde(default)]
+    is_left: bool,
 }
 
 /// An interface.
@@ -71,7 +74,8 @@ impl Attachment {
 
     /// Reads a container's record; there is none of one that does not run or has no networks.
     pub fn read(config: &Config, id: &str) -> Option<Self> {
-        read(&path(&Networks::of(config), id)).ok()
+        let record = read(&path(&Networks::of(config), id)).ok();
+        record.filter(|record| !record.is_left)
     }
 
     /// Every record.
@@ -113,6 +117,20 @@ fn read(path: &Path) -> io::Result<Attachment> {
     serde_json::from_slice(&fs::read(path)?).map_err(io::Error::other)
 }
 
+/// Writes a record. The caller holds the lock.
+fn write(networks: &Networks, attachment: &Attachment) -> Result<(), Error> {
+    let text = serde_json::to_vec_pretty(attachment).map_err(|error| Error::Io {
+        what: "encode a container's networks",
+        source: io::Error::other(error),
+    })?;
+    let path = path(networks, &attachment.container);
+    // One name for all, under the lock: what a killed one has left is written over.
+    let new = networks.attached().join("new");
+    fs::write(&new, text)
+        .and_then(|()| fs::rename(&new, &path))
+        .map_err(Error::file("write", path))
+}
+
 fn boot() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()
@@ -144,7 +162,7 @@ pub fn prepare(
     let others = Attachment::all(&networks)?;
     let endpoints = endpoints(container, &found, &others)?;
     let (v4, v6) = families(&endpoints);
-    let mut ports = wanted.ports.clone();
+    let mut ports = ports::of_families(&wanted.ports, v4, v6);
     let mut reserved = ports::reserve(&mut ports, v4, v6)?;
     let input = if wanted.mode == Mode::User {
         // It listens at them itself.
@@ -160,17 +178,9 @@ pub fn prepare(
         endpoints,
         ports,
         input,
+        is_left: false,
     };
-    let text = serde_json::to_vec_pretty(&attachment).map_err(|error| Error::Io {
-        what: "encode a container's networks",
-        source: io::Error::other(error),
-    })?;
-    let path = path(&networks, &container.id);
-    // One name for all, under the lock: what a killed one has left is written over.
-    let new = networks.attached().join("new");
-    fs::write(&new, text)
-        .and_then(|()| fs::rename(&new, &path))
-        .map_err(Error::file("write", path))?;
+    write(&networks, &attachment)?;
     namespace::make(&namespace_of(config, &container.id))?;
     Ok(Some((attachment, reserved)))
 }
@@ -211,7 +221,8 @@ fn connect_bridges(config: &Config, attachment: &Attachment) -> Result<(), Error
     )
 }
 
-/// Takes away all that a container has of its networks. Nothing is no error.
+/// Takes away all that a container has of its networks. Nothing is no error. When netavark fails,
+/// the record stays for one more try; after that nothing is left to find it by.
 ///
 /// # Errors
 /// Its namespace or its record stays.
@@ -223,6 +234,7 @@ pub fn detach(config: &Config, id: &str) -> Result<(), Error> {
     }
     let _lock = networks.lock()?;
     let namespace = namespace_of(config, id);
+    let mut left = None;
     match read(&path) {
         // Since then the host has restarted, or somebody was faster.
         Ok(attachment) if attachment.boot != boot() => {}
@@ -230,7 +242,24 @@ pub fn detach(config: &Config, id: &str) -> Result<(), Error> {
         Ok(attachment) if attachment.input.is_null() => {}
         Ok(attachment) => {
             if let Err(error) = tear_down(config, &attachment, &namespace) {
-                log::warn!("container {id}: {error}");
+                // It goes on after an error, and fails for things that have gone, too: what it says
+                // the second time tells nothing. A full disk keeps no container from going.
+                let again = !attachment.is_left && {
+                    let is_left = true;
+                    write(
+                        &networks,
+                        &Attachment {
+                            is_left,
+                            ..attachment
+                        },
+                    )
+                    .is_ok()
+                };
+                if again {
+                    left = Some(error);
+                } else {
+                    log::warn!("container {id}: {error}");
+                }
             }
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -238,6 +267,9 @@ pub fn detach(config: &Config, id: &str) -> Result<(), Error> {
     }
     passt::end(&pid_file(&networks, id))?;
     namespace::remove(&namespace)?;
+    if let Some(error) = left {
+        return Err(error);
+    }
     fs::remove_file(&path).map_err(Error::file("remove", path))?;
     if Attachment::all(&networks)?.is_empty() {
         Netavark::forget(config);
@@ -254,11 +286,18 @@ fn tear_down(config: &Config, attachment: &Attachment, namespace: &Path) -> Resu
     Netavark::find(config, false)?.tear_down(&attachment.input, namespace)
 }
 
-/// Takes away what containers have whose directory somebody has removed.
-fn forget_strangers(containers: &Containers, networks: &Networks) -> Result<(), Error> {
+/// Takes away what containers have whose directory somebody has removed, and what was left. What
+/// stays keeps its addresses from others. The caller does not hold the lock.
+///
+/// # Errors
+/// The records cannot be listed.
+pub fn forget_strangers(containers: &Containers, networks: &Networks) -> Result<(), Error> {
     for attachment in Attachment::all(networks)? {
-        if !containers.directory(&attachment.container).exists() {
-            detach(&containers.config, &attachment.container)?;
+        let id = &attachment.container;
+        if (attachment.is_left || !containers.directory(id).exists())
+            && let Err(error) = detach(&containers.config, id)
+        {
+            log::warn!("container {id}: {error}");
         }
     }
     Ok(())
@@ -412,6 +451,7 @@ fn input(
             }),
         );
     }
+    // Of "0.0.0.0" and "::" netavark makes rules for all addresses of that family alone.
     let mappings: Vec<Value> = ports
         .iter()
         .map(|port| {
@@ -435,170 +475,4 @@ fn input(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::network::store::Subnet;
-
-    struct Fixture {
-        _directory: tempfile::TempDir,
-        config: Config,
-        networks: Networks,
-        network: Network,
-    }
-
-    fn fixture(subnet: &str) -> Fixture {
-        let directory = tempfile::tempdir().unwrap();
-        let config = Config {
-            state_dir: directory.path().to_owned(),
-            run_dir: directory.path().join("run"),
-            ..Config::default()
-        };
-        let networks = Networks::of(&config);
-        drop(networks.lock().unwrap());
-        let network = Network {
-            name: "one".to_owned(),
-            id: "1d".repeat(32),
-            created: std::time::SystemTime::UNIX_EPOCH,
-            bridge: "caisson7".to_owned(),
-            subnets: vec![Subnet::of(subnet.parse().unwrap())],
-            internal: false,
-            dns: true,
-            mtu: None,
-            labels: std::collections::BTreeMap::new(),
-        };
-        Fixture {
-            _directory: directory,
-            config,
-            networks,
-            network,
-        }
-    }
-
-    fn container(id: &str, address: Option<&str>) -> Container {
-        let mut container = Container::new(
-            id.to_owned(),
-            format!("name-{id}"),
-            String::new(),
-            String::new(),
-            vec![],
-        );
-        container.request.network = Wanted {
-            mode: Mode::Networks(vec!["one".to_owned()]),
-            addresses: address
-                .map(|text| text.parse().unwrap())
-                .into_iter()
-                .collect(),
-            ports: crate::network::ports::publish("127.0.0.1:81:80").unwrap(),
-            ..Wanted::default()
-        };
-        container
-    }
-
-    fn attachment(container: &Container, endpoints: Vec<Endpoint>) -> Attachment {
-        Attachment {
-            boot: boot(),
-            container: container.id.clone(),
-            name: container.name.clone(),
-            endpoints,
-            ports: vec![],
-            input: Value::Null,
-        }
-    }
-
-    #[test]
-    fn addresses_are_given_once_until_there_are_none() {
-        let fixture = fixture("192.0.2.0/29");
-        let networks = [fixture.network.clone()];
-        let mut others = Vec::new();
-        for last in 2..7 {
-            let container = container(&last.to_string(), None);
-            let made = endpoints(&container, &networks, &others).unwrap();
-            assert_eq!(
-                made[0].addresses[0].to_string(),
-                format!("192.0.2.{last}/29")
-            );
-            assert_eq!(made[0].mac, format!("0e:ca:c0:00:02:{last:02x}"));
-            others.push(attachment(&container, made));
-        }
-        let full = endpoints(&container("8", None), &networks, &others).unwrap_err();
-        assert!(full.to_string().contains("no address left in 192.0.2.0/29"));
-        for (address, word) in [
-            ("192.0.2.3", "container name-3 has it"),
-            ("192.0.2.1", "not an address"),
-            ("192.0.2.7", "not an address"),
-            ("198.51.100.2", "not an address"),
-            ("fd00::2", "not an address"),
-        ] {
-            let wanted = container("9", Some(address));
-            let error = endpoints(&wanted, &networks, &others)
-                .unwrap_err()
-                .to_string();
-            assert!(error.contains(word), "{address}: {error}");
-        }
-        others.remove(1);
-        let again = endpoints(&container("9", Some("192.0.2.3")), &networks, &others).unwrap();
-        assert_eq!(again[0].addresses[0].to_string(), "192.0.2.3/29");
-        let mut same = container("9", Some("192.0.2.3"));
-        same.request.network.mac = Some("0e:ca:c0:00:02:02".to_owned());
-        let error = endpoints(&same, &networks, &others)
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("name-2"), "{error}");
-    }
-
-    #[test]
-    fn netavark_is_told_all() {
-        let fixture = fixture("192.0.2.0/24");
-        let networks = [fixture.network.clone()];
-        let container = container("0123456789abcdef", Some("192.0.2.9"));
-        let made = endpoints(&container, &networks, &[]).unwrap();
-        let told = input(
-            &container,
-            &networks,
-            &made,
-            &container.request.network.ports,
-        );
-        assert_eq!(told["networks"]["one"]["static_ips"], json!(["192.0.2.9"]));
-        assert_eq!(told["networks"]["one"]["aliases"], json!(["0123456789ab"]));
-        assert_eq!(told["network_info"]["one"]["dns_enabled"], true);
-        assert_eq!(
-            told["network_info"]["one"]["subnets"],
-            json!([{ "subnet": "192.0.2.0/24", "gateway": "192.0.2.1" }])
-        );
-        assert_eq!(
-            told["port_mappings"],
-            json!([{ "host_ip": "127.0.0.1", "host_port": 81, "container_port": 80, "protocol": "tcp", "range": 1 }])
-        );
-    }
-
-    #[test]
-    fn records_are_found_again() {
-        let fixture = fixture("192.0.2.0/24");
-        let container = container("a", None);
-        let record = attachment(&container, vec![]);
-        fs::write(
-            path(&fixture.networks, "a"),
-            serde_json::to_vec(&record).unwrap(),
-        )
-        .unwrap();
-        fs::write(path(&fixture.networks, "b"), "damaged").unwrap();
-        fs::write(fixture.networks.attached().join("new"), "unfinished").unwrap();
-        assert_eq!(Attachment::all(&fixture.networks).unwrap(), [record]);
-    }
-
-    #[test]
-    fn after_a_restart_of_the_host_there_is_only_the_record() {
-        let fixture = fixture("192.0.2.0/24");
-        let mut record = attachment(&container("a", None), vec![]);
-        record.boot = "an earlier one".to_owned();
-        let path = path(&fixture.networks, "a");
-        fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
-        // What a file system that outlives the host has kept of the namespace.
-        let namespace = namespace_of(&fixture.config, "a");
-        fs::create_dir_all(namespace.parent().unwrap()).unwrap();
-        fs::write(&namespace, []).unwrap();
-        detach(&fixture.config, "a").unwrap();
-        assert!(!path.exists() && !namespace.exists() && !fixture.config.run_dir.exists());
-        detach(&fixture.config, "a").unwrap();
-    }
-}
+mod tests;

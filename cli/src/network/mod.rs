@@ -12,7 +12,8 @@
 //!
 //! Addresses are given out here, under the lock of [`store::Networks`]; netavark does the rest. A
 //! record is written before anything is made and removed after all is gone, so whoever finds one
-//! of a container that does not run knows what to take away.
+//! of a container that does not run knows what to take away. (After netavark has failed twice to do
+//! so it is removed, too: a container has to be.)
 
 mod address;
 mod attachment;

@@ -235,7 +235,9 @@ fn arguments(
             words.extend([flag.to_owned(), "none".to_owned()]);
         }
         for port in of_protocol {
-            let ip = port.host_ip.map(|ip| format!("{ip}/")).unwrap_or_default();
+            // All addresses of IPv4 are all that there are here.
+            let ip = port.host_ip.filter(|ip| !ip.is_unspecified());
+            let ip = ip.map(|ip| format!("{ip}/")).unwrap_or_default();
             let (host, container) = (port.host_port, port.container_port);
             words.extend([flag.to_owned(), format!("{ip}{host}:{container}")]);
         }
@@ -420,6 +422,7 @@ mod tests {
         let ports = [
             port(None, 8080, 80, Protocol::Tcp),
             port(Some("127.0.0.1"), 8443, 443, Protocol::Tcp),
+            port(Some("0.0.0.0"), 8081, 81, Protocol::Tcp),
         ];
         let words = arguments(
             &test_interface(),
@@ -429,7 +432,7 @@ mod tests {
         );
         let line = words.join(" ");
         assert!(
-            line.contains("--tcp-ports 8080:80 --tcp-ports 127.0.0.1/8443:443"),
+            line.contains("--tcp-ports 8080:80 --tcp-ports 127.0.0.1/8443:443 --tcp-ports 8081:81"),
             "{line}"
         );
         assert!(line.contains("--udp-ports none"), "{line}");

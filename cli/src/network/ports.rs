@@ -40,7 +40,7 @@ impl fmt::Display for Protocol {
 /// A port of a container that the host has too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Port {
-    /// Address of the host; `None` = all of them.
+    /// Address of the host; `None` = all of them, an unspecified one = all of its family.
     pub host_ip: Option<IpAddr>,
     /// Port of the host; 0 = any that is free.
     pub host_port: u16,
@@ -111,6 +111,12 @@ pub fn publish(text: &str) -> Result<Vec<Port>, Error> {
             )
         }
     };
+    if address == Some(IpAddr::V6(Ipv6Addr::LOCALHOST)) {
+        return Err(Error::Usage(format!(
+            "-p {text}: nothing leads from the loopback of IPv6 to a container, since the kernel lets no \
+             packet from ::1 leave it; publish at 127.0.0.1 or at another address of this host"
+        )));
+    }
     let host = match host {
         "" | "0" => None,
         text => {
@@ -123,8 +129,7 @@ pub fn publish(text: &str) -> Result<Vec<Port>, Error> {
     };
     Ok((0..count)
         .map(|number| Port {
-            // "All of them" has a name for each family.
-            host_ip: address.filter(|address| !address.is_unspecified()),
+            host_ip: address,
             host_port: host.map_or(0, |host| host + number),
             container_port: first + number,
             protocol,
@@ -201,6 +206,35 @@ pub fn check_number(ports: &[Port]) -> Result<(), Error> {
     Ok(())
 }
 
+/// The ports as a container has them whose addresses are of these families: each once, and of a
+/// pair at "0.0.0.0" and "[::]" only what its families have.
+pub fn of_families(ports: &[Port], v4: bool, v6: bool) -> Vec<Port> {
+    let is_all_of = |port: &Port, there: bool| {
+        port.host_ip.is_some_and(|address| {
+            address.is_unspecified() && there == if address.is_ipv4() { v4 } else { v6 }
+        })
+    };
+    let mut kept: Vec<Port> = Vec::new();
+    for port in ports {
+        // Two that may be any port are two.
+        let is_again = port.host_port != 0 && kept.contains(port);
+        let is_other_half = |other: &Port| {
+            is_all_of(other, true)
+                && *port
+                    == Port {
+                        host_ip: port.host_ip,
+                        ..other.clone()
+                    }
+        };
+        // Without another half it is asked for in vain, which is an error of `reserve`.
+        let is_half = is_all_of(port, false) && ports.iter().any(is_other_half);
+        if !is_again && !is_half {
+            kept.push(port.clone());
+        }
+    }
+    kept
+}
+
 /// Sockets that keep others from ports of the host, whose packets go elsewhere before they get
 /// there. The ports are free when this is dropped.
 #[derive(Debug, Default)]
@@ -214,14 +248,14 @@ pub fn reserve(ports: &mut [Port], v4: bool, v6: bool) -> Result<Reserved, Error
     let mut sockets = Vec::new();
     for port in ports {
         for address in port.addresses(v4, v6) {
+            let wanted = SocketAddr::new(address, port.host_port);
             if !(if address.is_ipv4() { v4 } else { v6 }) {
                 return Err(Error::State(format!(
-                    "cannot publish port {} at {address}: the container's networks have no address of \
-                     that family",
+                    "cannot publish port {} at {wanted}: the container's networks have no address of \
+                     that family; publish without an address of the host, or at one of the other family",
                     port.inner()
                 )));
             }
-            let wanted = SocketAddr::new(address, port.host_port);
             match take(wanted, port.protocol) {
                 Ok((socket, taken)) => {
                     port.host_port = taken;
@@ -307,9 +341,10 @@ mod tests {
             ("53:53/UDP", vec![port(None, 53, 53, Udp)]),
             ("127.0.0.1:1:2", vec![port(Some("127.0.0.1"), 1, 2, Tcp)]),
             ("127.0.0.1::2", vec![port(Some("127.0.0.1"), 0, 2, Tcp)]),
-            ("0.0.0.0:1:2", vec![port(None, 1, 2, Tcp)]),
-            ("[::1]:1:2", vec![port(Some("::1"), 1, 2, Tcp)]),
-            ("[::1]:2", vec![port(Some("::1"), 0, 2, Tcp)]),
+            ("0.0.0.0:1:2", vec![port(Some("0.0.0.0"), 1, 2, Tcp)]),
+            ("[::]:1:2", vec![port(Some("::"), 1, 2, Tcp)]),
+            ("[fd00::1]:1:2", vec![port(Some("fd00::1"), 1, 2, Tcp)]),
+            ("[fd00::1]:2", vec![port(Some("fd00::1"), 0, 2, Tcp)]),
             (
                 "7-8:1007-1008/udp",
                 vec![port(None, 7, 1007, Udp), port(None, 8, 1008, Udp)],
@@ -318,12 +353,29 @@ mod tests {
             assert_eq!(publish(text).unwrap(), wanted, "{text}");
         }
         for wrong in [
-            "", "x", "0", "65536", "1:2:3", "80/sctp", "1-2:3", "9-8:9-8", "a.b:1:2", "1:", "::",
-            "-1:80", "1:2:3:4", "80/", "[::1:80",
+            "",
+            "x",
+            "0",
+            "65536",
+            "1:2:3",
+            "80/sctp",
+            "1-2:3",
+            "9-8:9-8",
+            "a.b:1:2",
+            "1:",
+            "::",
+            "-1:80",
+            "1:2:3:4",
+            "80/",
+            "[::1:80",
+            "[::1]:1:2",
+            "[0::1]:2",
         ] {
             let error = publish(wrong).unwrap_err().to_string();
             assert!(error.contains(&format!("-p {wrong}:")), "{error}");
         }
+        let loopback = publish("[::1]:1:2").unwrap_err().to_string();
+        assert!(loopback.contains("publish at 127.0.0.1"), "{loopback}");
         assert_eq!(publish("1-65535:1-65535").unwrap().len(), 65535);
         assert!(check_number(&publish("1-65535:1-65535").unwrap()).is_err());
     }
@@ -341,6 +393,65 @@ mod tests {
             ]
         );
         assert!(super::exposed(["http"]).is_err());
+    }
+
+    #[test]
+    fn both_families_are_asked_for_by_one_flag_or_two() {
+        let all = |flags: &[&str]| -> Vec<Port> {
+            let ports = flags.iter().map(|flag| publish(flag).unwrap());
+            ports.flatten().collect()
+        };
+        let outer = |ports: &[Port], v4, v6| -> Vec<String> {
+            let addresses = ports.iter().flat_map(|port| port.outer(v4, v6));
+            addresses.map(|address| address.to_string()).collect()
+        };
+        let pair = all(&["0.0.0.0:8080:80", "[::]:8080:80"]);
+        for ports in [&pair, &all(&["8080:80"])] {
+            for (v4, v6, shown) in [
+                (true, true, vec!["0.0.0.0:8080", "[::]:8080"]),
+                (true, false, vec!["0.0.0.0:8080"]),
+                (false, true, vec!["[::]:8080"]),
+            ] {
+                assert_eq!(outer(&of_families(ports, v4, v6), v4, v6), shown);
+            }
+        }
+        let one = all(&["0.0.0.0:8080:80", "0.0.0.0:8080:80"]);
+        assert_eq!(
+            outer(&of_families(&one, true, true), true, true),
+            ["0.0.0.0:8080"]
+        );
+        let any = all(&["0.0.0.0::80", "0.0.0.0::80"]);
+        assert_eq!(of_families(&any, true, true), any);
+        // What is asked for alone, or for something else, is not left out in silence.
+        for flags in [
+            &["[::]:8080:80"][..],
+            &["0.0.0.0:8080:80", "[::]:8080:81"],
+            &["127.0.0.1:8080:80", "[::]:8080:80"],
+        ] {
+            let ports = all(flags);
+            assert_eq!(of_families(&ports, true, false), ports);
+            let mut six = ports
+                .into_iter()
+                .filter(|port| port.host_ip.is_some_and(|ip| ip.is_ipv6()))
+                .collect::<Vec<_>>();
+            let error = reserve(&mut six, true, false).unwrap_err().to_string();
+            assert!(
+                error.contains("at [::]:8080") && error.contains("family"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn families_have_ports_of_their_own() {
+        let mut four = [port(Some("0.0.0.0"), 0, 80, Protocol::Tcp)];
+        let _held = reserve(&mut four, true, true).unwrap();
+        let mut six = [port(Some("::"), four[0].host_port, 80, Protocol::Tcp)];
+        match reserve(&mut six, true, true) {
+            Ok(_) => {}
+            // Of a host without IPv6.
+            Err(error) => assert!(!error.to_string().contains("in use"), "{error}"),
+        }
     }
 
     #[test]

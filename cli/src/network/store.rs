@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::address;
-use crate::{container::Containers, error::Error, lock::Lock};
+use crate::{container::Containers, document, error::Error, lock::Lock};
 
 /// The network of containers that ask for none.
 pub const DEFAULT: &str = "caisson";
@@ -213,15 +213,7 @@ impl Networks {
             labels: draft.labels,
             name: draft.name,
         };
-        let text = serde_json::to_vec_pretty(&network).map_err(|error| Error::Io {
-            what: "encode a network",
-            source: io::Error::other(error),
-        })?;
-        let path = self.path(&network.name);
-        let new = path.with_extension("new");
-        fs::write(&new, text)
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(Error::file("write", path))?;
+        document::write(&self.path(&network.name), &network)?;
         Ok(network)
     }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     address,
-    attachment::Attachment,
+    attachment::{self, Attachment},
     passt, ports,
     store::{Draft, Network, Networks, Subnet},
     wanted::Mode,
@@ -351,6 +351,7 @@ fn remove(matches: &ArgMatches) -> Result<u8, Error> {
     let (containers, networks) = open()?;
     // Before the lock: those that have died let go of their networks.
     let all = containers.all()?;
+    attachment::forget_strangers(&containers, &networks)?;
     let _lock = networks.lock()?;
     let attached = Attachment::all(&networks)?;
     let one = |name: &str| {
@@ -386,6 +387,7 @@ fn prune(matches: &ArgMatches) -> Result<u8, Error> {
     }
     let (containers, networks) = open()?;
     let all = containers.all()?;
+    attachment::forget_strangers(&containers, &networks)?;
     let _lock = networks.lock()?;
     let attached = Attachment::all(&networks)?;
     let mut deleted = Vec::new();

@@ -177,19 +177,7 @@ impl Bundle {
         if let Some(hooks) = document.get_mut("hooks").and_then(Value::as_object_mut) {
             hooks.retain(|name, _| ["createContainer", "startContainer"].contains(&name.as_str()));
         }
-        if let Some(process) = document.get_mut("process") {
-            without_host_labels(process);
-        }
         document
-    }
-}
-
-/// AppArmor profiles and SELinux labels confine processes on the kernel that loaded the policy: the
-/// host's. A container's processes never run there.
-pub fn without_host_labels(process: &mut Value) {
-    if let Some(process) = process.as_object_mut() {
-        process.remove("apparmorProfile");
-        process.remove("selinuxLabel");
     }
 }
 
@@ -220,7 +208,7 @@ mod tests {
         }
     }
 
-    const PROCESS: &str = r#""process":{"cwd":"/","args":["sh"],"user":{"uid":0,"gid":0},"apparmorProfile":"docker-default","terminal":true,"consoleSize":{"height":20,"width":70000}}"#;
+    const PROCESS: &str = r#""process":{"cwd":"/","args":["sh"],"user":{"uid":0,"gid":0},"terminal":true,"consoleSize":{"height":20,"width":70000}}"#;
 
     #[test]
     fn what_the_shim_gets() {
@@ -253,7 +241,6 @@ mod tests {
             out["hooks"],
             json!({ "startContainer": [{ "path": "/in/guest" }] })
         );
-        assert!(out["process"].get("apparmorProfile").is_none());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use clap::ArgMatches;
 use serde_json::{Value, json};
 
 use super::{
-    bundle::{read, without_host_labels},
+    bundle::read,
     console,
     create::{check_console, explained, refuse_descriptors, write_pid},
     handshake::{Link, Order},
@@ -157,7 +157,6 @@ fn process_of(container: &Container, matches: &ArgMatches) -> Result<Value, Erro
     if matches.get_flag("tty") {
         process["terminal"] = json!(true);
     }
-    without_host_labels(&mut process);
     Ok(process)
 }
 
