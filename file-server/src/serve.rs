@@ -75,7 +75,9 @@ pub fn prepare(listener: OwnedFd, lifeline: &UnixStream) -> Result<Server, Error
         // could be opened.
         inode_file_handles: InodeFileHandlesMode::Never,
         readdirplus: true,
-        announce_submounts: false,
+        // Each share and what is mounted below is a file system of its own in the guest: inode
+        // numbers of different ones of the host would be taken for links of one file, and for loops.
+        announce_submounts: true,
         writeback: false,
         guest_fd_limit,
         ..Default::default()
