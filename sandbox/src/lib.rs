@@ -29,6 +29,7 @@ pub mod socket;
 mod spec;
 mod vmm;
 mod vsock;
+mod watches;
 
 pub use cgroup::parent_of as cgroup_parent;
 pub use config::{Config, ConfigError, ENTERED, ETC, Effective, Origin, Setting, user};

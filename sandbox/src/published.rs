@@ -5,8 +5,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    mem::MaybeUninit,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     path::Path,
     time::Duration,
 };
@@ -16,15 +15,14 @@ use caisson_protocol::{
     limits::{MAX_PUBLISHED, PUBLISHED_ENTRY},
 };
 use rustix::{
-    fs::{
-        AtFlags, Dir, FileType, Mode, OFlags,
-        inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags},
-    },
+    fs::{AtFlags, Dir, FileType, Mode, OFlags},
     io::Errno,
 };
-use tokio::io::unix::AsyncFd;
 
-use crate::deadline::scaled;
+use crate::{
+    deadline::scaled,
+    watches::{Watch, Watches},
+};
 
 /// The link that is swapped.
 const DATA: &str = "..data";
@@ -33,7 +31,7 @@ const DATA: &str = "..data";
 const ATTEMPTS: usize = 10;
 
 /// Between two looks at a directory that cannot be watched: the host has only so many watches
-/// (inotify(7), `fs.inotify.max_user_instances`). kubelet itself looks once a minute.
+/// (inotify(7), `fs.inotify`). kubelet itself looks once a minute.
 const INTERVAL: Duration = Duration::from_secs(2);
 
 /// All that a published directory holds: those before what is in them, itself first.
@@ -204,68 +202,35 @@ impl Reading {
 /// Tells when a directory may have changed.
 pub enum Changes {
     /// By the kernel.
-    Told(AsyncFd<OwnedFd>),
+    Told(Watch),
     /// Nobody tells: look from time to time.
     Unknown,
 }
 
 impl Changes {
     /// Of the directory, from now on.
-    pub fn of(directory: &Path) -> Self {
-        Self::watch(directory).unwrap_or_else(|error| {
-            log::warn!(
-                "{} cannot be watched ({error}; see fs.inotify in sysctl): it is looked at every {} s",
-                directory.display(),
-                INTERVAL.as_secs()
-            );
-            Self::Unknown
-        })
-    }
-
-    fn watch(directory: &Path) -> io::Result<Self> {
-        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        let events = WatchFlags::CREATE
-            | WatchFlags::DELETE
-            | WatchFlags::MOVED_TO
-            | WatchFlags::DELETE_SELF
-            | WatchFlags::ONLYDIR;
-        inotify::add_watch(&inotify, directory, events)?;
-        // SAFETY: an OwnedFd names one open descriptor, the same one, until it is dropped, and the
-        // AsyncFd that owns it takes it out of epoll before that.
-        let watched = unsafe { AsyncFd::register(inotify) };
-        Ok(Self::Told(watched.map_err(io::Error::from)?))
+    pub fn of(directory: &Path, watches: &Watches) -> Self {
+        watches.watch(directory).map_or_else(
+            |error| {
+                log::warn!(
+                    "{} cannot be watched ({error}; see fs.inotify in sysctl): it is looked at every {} s",
+                    directory.display(),
+                    INTERVAL.as_secs()
+                );
+                Self::Unknown
+            },
+            Self::Told,
+        )
     }
 
     /// Comes back after a change, however many there were; false when the directory has gone.
     pub async fn next(&mut self) -> bool {
-        let Self::Told(inotify) = self else {
-            tokio::time::sleep(scaled(INTERVAL)).await;
-            return true;
-        };
-        loop {
-            let Ok(mut ready) = inotify.readable().await else {
-                return false;
-            };
-            match ready.try_io(|inotify| Ok(drain(inotify.get_ref())?)) {
-                Ok(Ok(goes_on)) => return goes_on,
-                Ok(Err(_)) => return false,
-                Err(_) => {} // Somebody called for nothing.
+        match self {
+            Self::Told(watch) => watch.next().await,
+            Self::Unknown => {
+                tokio::time::sleep(scaled(INTERVAL)).await;
+                true
             }
-        }
-    }
-}
-
-/// Takes all events; false when there are to be no more (the directory was removed or unmounted).
-fn drain(inotify: &OwnedFd) -> rustix::io::Result<bool> {
-    let mut buffer = [MaybeUninit::uninit(); 4096];
-    let mut reader = Reader::new(inotify.as_fd(), &mut buffer);
-    let mut events = 0;
-    loop {
-        match reader.next() {
-            Ok(event) if event.events().contains(ReadFlags::IGNORED) => return Ok(false),
-            Ok(_) => events += 1,
-            Err(Errno::AGAIN) if events > 0 => return Ok(true),
-            Err(error) => return Err(error),
         }
     }
 }
@@ -348,7 +313,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let directory = place.path().join("volume");
         fs::create_dir(&directory).unwrap();
-        let mut changes = Changes::of(&directory);
+        let mut changes = Changes::of(&directory, &Watches::default());
         publish(&directory, "..1");
         assert!(changes.next().await);
         fs::remove_dir_all(&directory).unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use caisson_fs::ReadOnly;
 use caisson_protocol::POD_SHM;
 use oci_spec::runtime::{
-    LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Spec,
+    LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
 
 use crate::error::Error;
@@ -188,6 +188,9 @@ pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
             .set_poststart(None)
             .set_poststop(None);
     }
+    if let Some(process) = spec.process_mut() {
+        without_host_labels(process);
+    }
     if let Some(linux) = spec.linux_mut() {
         // The agent decides where a container's cgroup is.
         linux.set_cgroups_path(None);
@@ -236,6 +239,23 @@ pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
         share_memory(spec);
     }
     Ok(joins_pod)
+}
+
+/// Turns the specification of a further process, made for the host, into one for the guest.
+///
+/// # Errors
+/// It is none.
+pub fn translate_process(json: &[u8]) -> Result<Vec<u8>, Error> {
+    let malformed = |error| Error::Invalid(format!("malformed process specification: {error}"));
+    let mut process: Process = serde_json::from_slice(json).map_err(malformed)?;
+    without_host_labels(&mut process);
+    serde_json::to_vec(&process).map_err(malformed)
+}
+
+/// AppArmor profiles and SELinux labels confine processes on the kernel that loaded the policy: the
+/// host's. A container's processes never run there.
+fn without_host_labels(process: &mut Process) {
+    process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
 /// Gives a container of the pod's IPC namespace the pod's `/dev/shm`. Its caller has made one on
@@ -461,6 +481,23 @@ mod tests {
         assert!(translate(&mut other, 1).unwrap(), "the pod's own");
         let linux = other.linux().as_ref().unwrap();
         assert!(linux.namespaces().as_ref().unwrap().is_empty());
+    }
+
+    #[test]
+    fn labels_of_the_hosts_kernel_go() {
+        let process = r#"{"cwd":"/","args":["x"],"user":{"uid":0,"gid":0},"noNewPrivileges":true,
+            "apparmorProfile":"cri-containerd.apparmor.d","selinuxLabel":"system_u:system_r:c"}"#;
+        let text = format!(r#"{{"ociVersion":"1.2.0","process":{process}}}"#);
+        let mut one = parse(text.as_bytes()).unwrap();
+        translate(&mut one, 7).unwrap();
+        let further = translate_process(process.as_bytes()).unwrap();
+        let further: Process = serde_json::from_slice(&further).unwrap();
+        for process in [one.process().as_ref().unwrap(), &further] {
+            let labels = (process.apparmor_profile(), process.selinux_label());
+            assert_eq!(labels, (&None, &None));
+            assert_eq!(process.no_new_privileges(), Some(true));
+        }
+        assert!(translate_process(b"{").is_err());
     }
 
     #[test]

@@ -127,6 +127,14 @@ impl Events {
         }
     }
 
+    /// Queues an event that a guest can cause at will: half of the queue is kept for the others.
+    pub fn send_if_room<M: MessageFull + MessageDyn>(&self, topic: &'static str, event: &M) {
+        let room = self.queue.as_ref().map_or(0, mpsc::Sender::capacity);
+        if room > QUEUE / 2 {
+            self.send(topic, event);
+        }
+    }
+
     /// Queues an event.
     pub fn send<M: MessageFull + MessageDyn>(&self, topic: &'static str, event: &M) {
         let Some(queue) = &self.queue else { return };
@@ -316,7 +324,7 @@ mod tests {
 
     use containerd_shim_protos::{
         api::Empty,
-        events::task::{TaskExit, TaskStart},
+        events::task::{TaskExit, TaskOOM, TaskStart},
         shim_async::{Events as EventsService, create_events},
         ttrpc::{
             self,
@@ -433,6 +441,18 @@ mod tests {
         events.send(topic::EXIT, &exit(1));
         events.flush(Duration::from_secs(1)).await;
         assert!(start.elapsed() <= GIVE_UP + Duration::from_secs(1));
+    }
+
+    #[test]
+    fn what_a_guest_causes_leaves_room_for_the_rest() {
+        let (events, mut sent) = Events::for_test();
+        for _ in 0..=QUEUE {
+            events.send_if_room(topic::OOM, &TaskOOM::default());
+        }
+        events.send(topic::EXIT, &exit(0));
+        let sent = sent.take();
+        assert_eq!(sent.len(), QUEUE / 2 + 1);
+        assert_eq!(sent.last().unwrap().topic, topic::EXIT);
     }
 
     #[test]

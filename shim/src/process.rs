@@ -6,6 +6,7 @@ use caisson_sandbox::Streams;
 use tokio::{
     sync::{Notify, watch},
     task::JoinHandle,
+    time::Instant,
 };
 
 use crate::{
@@ -55,12 +56,16 @@ pub struct Process {
     pub close_stdin: Arc<Notify>,
     /// An end that came during `Create` or `Start`.
     pub early_exit: Option<Exit>,
+    /// It was killed, and its end is watched for.
+    pub dying: bool,
     /// Its `Delete` is under way.
     pub deleting: bool,
     /// Ends once the program that takes its output has ended, if there is one.
     pub logger: Option<JoinHandle<()>>,
     /// The container is frozen.
     pub paused: bool,
+    /// When it was last told that the container's memory was not enough.
+    pub oom_told: Option<Instant>,
     /// Its end in the guest, before its output has been written.
     end: watch::Sender<Option<Exit>>,
     exit: watch::Sender<Option<Exit>>,
@@ -78,9 +83,11 @@ impl Process {
             hooks: None,
             close_stdin: Arc::default(),
             early_exit: None,
+            dying: false,
             deleting: false,
             logger: None,
             paused: false,
+            oom_told: None,
             end: watch::Sender::new(None),
             exit: watch::Sender::new(None),
         }
@@ -104,6 +111,11 @@ impl Process {
     /// It has ended in the guest; its last output may still be on its way.
     pub fn end(&mut self, exit: Exit) {
         self.end.send_replace(Some(exit));
+    }
+
+    /// Whether the guest has told its end.
+    pub fn has_ended(&self) -> bool {
+        self.early_exit.is_some() || self.end.borrow().is_some() || self.exit().is_some()
     }
 
     /// To wait for its end in the guest.

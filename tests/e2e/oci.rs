@@ -237,7 +237,10 @@ fn answers_have_runcs_form() {
 fn programs_run_in_a_container() {
     let host = Host::claim();
     let oci = Oci::new(&host);
-    let bundle = oci.bundle("sleep 1000", |_| {});
+    let bundle = oci.bundle("sleep 1000", |config| {
+        config["process"]["apparmorProfile"] = json!("of-the-host");
+        config["process"]["selinuxLabel"] = json!("system_u:system_r:container_t:s0");
+    });
     let running = oci.create("one", &bundle, "");
     oci.run(&["exec", "one", "true"])
         .expect_error(&["not running", "created"]);
@@ -274,8 +277,9 @@ fn programs_run_in_a_container() {
     let file = process.display().to_string();
     fs::write(
         &process,
-        json!({ "cwd": "/", "user": { "uid": 0, "gid": 0 }, "args": ["sleep", "500"], "env": ["PATH=/bin"] })
-            .to_string(),
+        json!({ "cwd": "/", "user": { "uid": 0, "gid": 0 }, "args": ["sleep", "500"], "env": ["PATH=/bin"],
+            "apparmorProfile": "of-the-host" })
+        .to_string(),
     )
     .unwrap();
     let pid_file = host.scratch().join("exec.pid");

@@ -1,6 +1,6 @@
 //! Containers and their root file systems.
 
-use std::{fs::File, os::fd::AsFd, path::Path, sync::PoisonError};
+use std::{fs::File, os::fd::AsFd, path::Path, sync::PoisonError, time::Duration};
 
 use caisson_fs::{ReadOnly, Share};
 use caisson_protocol::{
@@ -10,12 +10,13 @@ use caisson_protocol::{
 use caisson_vmm_api::{BlockContents, Fd};
 
 use super::{
-    ContainerSpec, Created, Holdings, RootfsSource, Sandbox, Upper, blocking,
+    ContainerSpec, Created, Holdings, RootfsSource, Sandbox, Stdio, Upper, blocking,
     process::stdio_message,
 };
 use crate::{
+    deadline::scaled,
     disk,
-    error::Error,
+    error::{AgentErrorKind, Error},
     huge_pages::Volume,
     mount_table, published,
     size::Limits,
@@ -26,6 +27,13 @@ use crate::{
 fn has_mounts(path: &Path) -> bool {
     mount_table::below(path).is_ok_and(|mounts| !mounts.is_empty())
 }
+
+/// Longest that a container which could not be created is sought in the guest to delete it: the agent
+/// goes on with what is late, but not for so long.
+const DISCARD_LIMIT: Duration = Duration::from_secs(5);
+
+/// Between two looks for it.
+const DISCARD_PAUSE: Duration = Duration::from_millis(500);
 
 /// Most layers of an image (the GPT the VMM makes up has room for so many).
 const MAX_LAYERS: usize = 120;
@@ -110,23 +118,52 @@ impl Sandbox {
             huge_directories,
             ..Default::default()
         };
+        let created = self.create_in_guest(message, &request.stdio).await;
+        if let Err(error) = &created {
+            self.discard(&request.id, error).await;
+        }
+        created
+    }
+
+    async fn create_in_guest(
+        &self,
+        message: CreateContainerRequest,
+        stdio: &Stdio,
+    ) -> Result<Created, Error> {
         let response = self
             .agent
             .call("create the container", |client, context| async move {
                 client.create_container(context, &message).await
             })
             .await?;
-        let streams = self.connect(&response.stdio_token, &request.stdio).await;
-        match streams {
-            Ok(streams) => Ok(Created {
-                pid: response.pid,
-                streams,
-            }),
-            Err(error) => {
-                // A process that nobody can talk to is of no use.
-                let _ = self.delete_process(&request.id, "").await;
-                Err(error)
+        let streams = self.connect(&response.stdio_token, stdio).await?;
+        Ok(Created {
+            pid: response.pid,
+            streams,
+        })
+    }
+
+    /// Removes what the guest may have of a container whose creation has failed so: its disks and
+    /// shares are about to go.
+    async fn discard(&self, id: &str, error: &Error) {
+        let kind = AgentErrorKind::AlreadyExists;
+        if matches!(error, Error::Agent { kind: found, .. } if *found == kind) {
+            // That is another one.
+            return;
+        }
+        // It may come to be until the agent has given up as well.
+        let late = matches!(error, Error::Late { .. });
+        let deleted = async {
+            while let Err(failed) = self.delete_in_guest(id).await
+                && late
+                && !matches!(failed, Error::Gone(_))
+            {
+                tokio::time::sleep(scaled(DISCARD_PAUSE)).await;
             }
+        };
+        let limit = scaled(DISCARD_LIMIT);
+        if tokio::time::timeout(limit, deleted).await.is_err() {
+            log::warn!("the guest may have something of container {id}, which was not created");
         }
     }
 

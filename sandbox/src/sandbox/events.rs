@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use caisson_protocol::agent::event::Kind;
+use caisson_protocol::{agent::event::Kind, limits::MAX_ID};
 use caisson_vmm_api::Request;
 use tokio::sync::mpsc;
 
@@ -33,20 +33,62 @@ pub(super) async fn forward_events(agent: Agent, vmm: Arc<Vmm>, sender: mpsc::Se
                 continue;
             }
             sequence = event.sequence;
-            let event = match event.kind {
-                Some(Kind::Exited(exited)) => Event::Exited {
-                    container: exited.container_id,
-                    exec: exited.exec_id,
-                    exit: exit_of(exited.exit.as_ref().unwrap_or_default()),
-                },
-                Some(Kind::Oom(oom)) => Event::OutOfMemory {
-                    container: oom.container_id,
-                },
-                _ => continue,
+            let Some(event) = event.kind.and_then(told_by) else {
+                continue;
             };
             if sender.send(event).await.is_err() {
                 return;
             }
         }
+    }
+}
+
+/// What the agent tells; nothing if that is unknown here or of ids that no process can have.
+fn told_by(kind: Kind) -> Option<Event> {
+    match kind {
+        Kind::Exited(exited) => {
+            let exit = exit_of(exited.exit.as_ref().unwrap_or_default());
+            let (container, exec) = (exited.container_id, exited.exec_id);
+            (container.len() <= MAX_ID && exec.len() <= MAX_ID).then_some(Event::Exited {
+                container,
+                exec,
+                exit,
+            })
+        }
+        Kind::Oom(oom) => {
+            let container = oom.container_id;
+            (container.len() <= MAX_ID).then_some(Event::OutOfMemory { container })
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use caisson_protocol::agent::{Exited, OutOfMemory};
+
+    use super::*;
+
+    #[test]
+    fn events_of_ids_that_nobody_has_are_dropped() {
+        let exited = |container: &str, exec: &str| {
+            told_by(Kind::Exited(Exited {
+                container_id: container.to_owned(),
+                exec_id: exec.to_owned(),
+                ..Default::default()
+            }))
+        };
+        let oom = |container: &str| {
+            told_by(Kind::Oom(OutOfMemory {
+                container_id: container.to_owned(),
+                ..Default::default()
+            }))
+        };
+        let (longest, longer) = ("c".repeat(MAX_ID), "c".repeat(MAX_ID + 1));
+        assert!(exited(&longest, &longest).is_some());
+        assert!(oom(&longest).is_some());
+        assert_eq!(exited(&longer, ""), None);
+        assert_eq!(exited("c", &longer), None);
+        assert_eq!(oom(&longer), None);
     }
 }

@@ -42,6 +42,7 @@ use crate::{
     shares::Shares,
     size::Room,
     vmm::{Gone, Vmm},
+    watches::Watches,
 };
 use boot::{Assets, Booted, boot};
 use events::forward_events;
@@ -87,6 +88,8 @@ pub struct Sandbox {
     volumes: Mutex<HashMap<Volume, Attached>>,
     /// Number of the next published volume.
     publications: AtomicU32,
+    /// Of the directories that they are copies of.
+    watches: Watches,
     vsock: PathBuf,
     hello: HelloResponse,
     sizing: Sizing,
@@ -137,6 +140,7 @@ impl Sandbox {
                     containers: StdMutex::default(),
                     volumes: Mutex::default(),
                     publications: AtomicU32::default(),
+                    watches: Watches::default(),
                     vsock,
                     hello,
                     sizing,

@@ -14,7 +14,7 @@ use caisson_protocol::{
 };
 
 use super::{Created, Exit, ProcessInfo, Sandbox, State, Status, Stdio, Streams, lie};
-use crate::error::Error;
+use crate::{error::Error, spec};
 
 impl Sandbox {
     /// Creates another process in a running container.
@@ -31,7 +31,7 @@ impl Sandbox {
         let message = CreateExecRequest {
             container_id: container.to_owned(),
             exec_id: exec.to_owned(),
-            process_json,
+            process_json: spec::translate_process(&process_json)?,
             stdio: Some(stdio_message(stdio)).into(),
             ..Default::default()
         };
@@ -118,8 +118,8 @@ impl Sandbox {
     /// # Errors
     /// It runs, or there is none.
     pub async fn delete_process(&self, container: &str, exec: &str) -> Result<Exit, Error> {
-        let request = process_id(container, exec);
         if !exec.is_empty() {
+            let request = process_id(container, exec);
             let exit = self
                 .agent
                 .call("delete the process", |client, context| async move {
@@ -128,12 +128,7 @@ impl Sandbox {
                 .await?;
             return Ok(exit_of(&exit));
         }
-        let exit = self
-            .agent
-            .call("delete the container", |client, context| async move {
-                client.delete_container(context, &request).await
-            })
-            .await?;
+        let exit = self.delete_in_guest(container).await?;
         let holdings = {
             let mut containers = self
                 .containers
@@ -143,6 +138,18 @@ impl Sandbox {
         };
         self.release(holdings).await;
         self.take_room(container).await;
+        Ok(exit)
+    }
+
+    /// Deletes a container in the guest alone.
+    pub(super) async fn delete_in_guest(&self, container: &str) -> Result<Exit, Error> {
+        let request = process_id(container, "");
+        let exit = self
+            .agent
+            .call("delete the container", |client, context| async move {
+                client.delete_container(context, &request).await
+            })
+            .await?;
         Ok(exit_of(&exit))
     }
 

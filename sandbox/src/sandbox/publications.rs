@@ -40,7 +40,7 @@ impl Sandbox {
         holdings: &mut Holdings,
     ) -> Result<Option<u32>, Error> {
         // First, so that no change is between.
-        let changes = Changes::of(directory);
+        let changes = Changes::of(directory, &self.watches);
         let Some(contents) = read(directory.to_owned()).await? else {
             return Ok(None);
         };

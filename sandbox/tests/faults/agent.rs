@@ -42,6 +42,7 @@ struct Fake {
     behaviour: String,
     directory: PathBuf,
     cpus: AtomicU32,
+    deletions: AtomicU32,
 }
 
 /// Serves the agent's port until the process ends.
@@ -50,6 +51,7 @@ pub fn run(behaviour: &str, directory: PathBuf, listener: UnixListener, boot_cpu
         behaviour: behaviour.to_owned(),
         directory,
         cpus: AtomicU32::new(boot_cpus),
+        deletions: AtomicU32::new(0),
     };
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -202,6 +204,8 @@ impl Agent for Fake {
         self.note(&format!("create {}", request.container_id));
         match self.behaviour.as_str() {
             "dies-at-create" => std::process::exit(6),
+            "create-late" => std::future::pending().await,
+            "create-twice" => return refuse(ttrpc::Code::ALREADY_EXISTS, "there is one"),
             "create-refused" => return refuse(ttrpc::Code::INVALID_ARGUMENT, "not such a one"),
             _ => {}
         }
@@ -214,6 +218,10 @@ impl Agent for Fake {
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: ProcessId) -> Reply<ProcessExit> {
+        // One that is late is not there at once.
+        if self.is("create-late") && self.deletions.fetch_add(1, Ordering::Relaxed) == 0 {
+            return refuse(ttrpc::Code::NOT_FOUND, "no such container");
+        }
         self.note(&format!("delete {}", request.container_id));
         Ok(ProcessExit::default())
     }

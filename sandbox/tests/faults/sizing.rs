@@ -156,7 +156,10 @@ async fn refused() {
 async fn not_made() {
     let mut vm = Vm::start("create-refused").await;
     vm.create("a", 50_000, 128).await.unwrap_err();
-    assert_eq!(vm.news(), ["hotplug 64 MiB", "create a", "hotplug 0 MiB"]);
+    assert_eq!(
+        vm.news(),
+        ["hotplug 64 MiB", "create a", "delete a", "hotplug 0 MiB"]
+    );
     vm.end().await;
 }
 

@@ -1,9 +1,10 @@
 //! The pod's tasks: what the Task API does, in terms of a microVM.
 //!
 //! [`boot`] starts the microVM and [`machine`] ends it, [`life`] has what changes a process's stage,
-//! [`news`] what comes from the guest.
+//! [`kill`] its signals, [`news`] what comes from the guest.
 
 mod boot;
+mod kill;
 mod life;
 mod machine;
 mod news;
@@ -335,19 +336,6 @@ impl Tasks {
             Ok(Some(exit)) => Ok(*exit),
             _ => Err(missing(&name)),
         }
-    }
-
-    /// Sends a signal.
-    ///
-    /// # Errors
-    /// No such process, or it has ended.
-    pub async fn kill(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<(), Error> {
-        let name = (id.to_owned(), exec_id.to_owned());
-        let stage = self.with(&name, |process| Ok(process.stage))?;
-        if stage == Stage::Stopped {
-            return Err(Error::NotFound("process already finished".to_owned()));
-        }
-        Ok(self.pod().await?.signal(id, exec_id, signal, all).await?)
     }
 
     /// Sets the size of a terminal.

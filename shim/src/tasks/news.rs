@@ -1,16 +1,23 @@
 //! What comes from the guest, and what it means for the tasks.
 
-use std::{path::Path, sync::Arc, time::SystemTime};
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use caisson_sandbox::{Event, Gone};
+use caisson_sandbox::{Event, Gone, scaled};
 use containerd_shim_protos::events::task::TaskOOM;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{KILLED, Name, Tasks};
 use crate::{
     events::topic,
     process::{Exit, Stage},
 };
+
+/// A container's want of memory is told once in so long.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 
 impl Tasks {
     /// Hears of what happens in the guest.
@@ -28,24 +35,34 @@ impl Tasks {
                     };
                     self.ended_in_guest(&(container, exec), exit);
                 }
-                Event::OutOfMemory { container } => {
-                    self.events.send(
-                        topic::OOM,
-                        &TaskOOM {
-                            container_id: container.clone(),
-                            ..Default::default()
-                        },
-                    );
-                    if let Ok(bundle) = self.with(&(container, String::new()), |process| {
-                        Ok(process.bundle.clone())
-                    }) {
-                        // For `caisson inspect`, which has no event bus.
-                        let _ = std::fs::write(bundle.join("oom"), "");
-                    }
-                }
+                Event::OutOfMemory { container } => self.memory_ran_out(container),
                 Event::Gone(gone) => self.machine_gone(&gone),
             }
         }
+    }
+
+    /// The guest may say so as often as it likes, of whom it likes.
+    fn memory_ran_out(&self, container: String) {
+        let name = (container, String::new());
+        let bundle = self.with(&name, |process| {
+            let now = Instant::now();
+            let pause = scaled(OOM_PAUSE);
+            let again = process.oom_told.is_none_or(|told| now >= told + pause);
+            if again {
+                process.oom_told = Some(now);
+            }
+            Ok(again.then(|| process.bundle.clone()))
+        });
+        let Ok(Some(bundle)) = bundle else { return };
+        self.events.send_if_room(
+            topic::OOM,
+            &TaskOOM {
+                container_id: name.0,
+                ..Default::default()
+            },
+        );
+        // For `caisson inspect`, which has no event bus.
+        let _ = std::fs::write(bundle.join("oom"), "");
     }
 
     fn ended_in_guest(&self, name: &Name, exit: Exit) {

@@ -32,6 +32,17 @@ fn publish(directory: &Path, version: usize, keys: &[&str]) {
     }
 }
 
+/// Of the one shim.
+fn inotify_instances(host: &Host) -> usize {
+    let shims = host.processes_of("containerd-shim-caisson-v2");
+    assert_eq!(shims.len(), 1, "one shim");
+    fs::read_dir(format!("/proc/{}/fd", shims[0]))
+        .unwrap()
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .filter(|target| target == Path::new("anon_inode:inotify"))
+        .count()
+}
+
 /// A container that may only read it has a copy, which follows the host's: watches in the guest
 /// see what they would see on the host, and no file server is needed.
 #[test]
@@ -41,11 +52,16 @@ fn watches_see_a_swap() {
     publish(&directory, 1, &["key", "old"]);
     let script = include_str!("published.py");
     let read_only = format!("{flag}:ro");
+    let second = host.scratch().join("second");
+    publish(&second, 1, &["key"]);
+    let second = format!("{}:/second:ro", second.display());
     let words = [
         "run",
         "--rm",
         "-v",
         &read_only,
+        "-v",
+        &second,
         tools(&host),
         "python3",
         "-c",
@@ -54,6 +70,7 @@ fn watches_see_a_swap() {
     let mut running = host.command(words).start();
     running.wait_for_stdout("watching 1");
     assert_eq!(host.processes_of("caisson-fs").len(), 0);
+    assert_eq!(inotify_instances(&host), 1, "one for all volumes");
     publish(&directory, 2, &["key", "new"]);
     running.wait_for_stdout("watching 2");
     publish(&directory, 3, &["key", "new"]);

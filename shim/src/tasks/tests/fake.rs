@@ -40,6 +40,8 @@ pub(crate) struct Manners {
     pub(crate) drain_ms: u64,
     /// Nobody hears of the ends of execs that go with their container.
     pub(crate) hides_execs: bool,
+    /// Signals are taken and do nothing.
+    pub(crate) ignores_signals: bool,
 }
 
 #[derive(Default)]
@@ -239,7 +241,9 @@ impl Pod for Arc<FakePod> {
         _: bool,
     ) -> Result<(), SandboxError> {
         self.alive()?;
-        self.end(&name_of(container, exec), 128 + signal).await;
+        if !self.manners.ignores_signals {
+            self.end(&name_of(container, exec), 128 + signal).await;
+        }
         Ok(())
     }
 

@@ -5,8 +5,11 @@ mod stories;
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use caisson_sandbox::Error as SandboxError;
-use containerd_shim_protos::{events::task::TaskExit, protobuf::Message};
+use caisson_sandbox::{Error as SandboxError, Event};
+use containerd_shim_protos::{
+    events::task::{TaskExit, TaskOOM},
+    protobuf::Message,
+};
 use tokio::time::sleep;
 
 use super::*;
@@ -112,6 +115,75 @@ async fn the_machines_end_is_everybodys() {
     assert!(bench.bundle.path().join("vm-exit.json").exists());
     let late = bench.tasks.create(bench.creation("late")).await;
     assert!(matches!(late, Err(Error::Sandbox(SandboxError::Gone(_)))));
+}
+
+#[tokio::test(flavor = "current_thread", start_paused = true)]
+async fn a_guest_that_cries_for_memory_is_heard_once_in_a_while() {
+    let mut bench = Bench::new(Manners::default());
+    bench.tasks.create(bench.creation("c")).await.unwrap();
+    bench.topics();
+    for _ in 0..2 {
+        for container in ["c", "stranger", "c", "c"] {
+            let container = container.to_owned();
+            let event = Event::OutOfMemory { container };
+            bench.pod().events.send(event).await.unwrap();
+        }
+        sleep(Duration::from_secs(2)).await;
+    }
+    let told = bench.sent.take();
+    assert!(told.iter().all(|event| event.topic == topic::OOM));
+    let of: Vec<String> = told
+        .iter()
+        .map(|event| TaskOOM::parse_from_bytes(&event.event.value).unwrap())
+        .map(|event| event.container_id)
+        .collect();
+    assert_eq!(of, ["c", "c"]);
+}
+
+#[tokio::test(flavor = "current_thread", start_paused = true)]
+async fn a_guest_that_does_not_end_a_container_is_ended() {
+    let mut bench = Bench::new(Manners {
+        ignores_signals: true,
+        ..Default::default()
+    });
+    for id in ["a", "b"] {
+        bench.tasks.create(bench.creation(id)).await.unwrap();
+        bench.tasks.start(id, "").await.unwrap();
+    }
+    bench.exec("a", "e").await.unwrap();
+    // Neither is what SIGKILL is.
+    bench.tasks.kill("a", "", 15, false).await.unwrap();
+    bench.tasks.kill("a", "e", 9, false).await.unwrap();
+    sleep(Duration::from_secs(1000)).await;
+    assert!(bench.pod().gone().is_none());
+    for _ in 0..2 {
+        bench.tasks.kill("a", "", 9, true).await.unwrap();
+    }
+    for id in ["a", "b"] {
+        assert_eq!(bench.tasks.wait(id, "").await.unwrap().status, KILLED);
+        bench.tasks.delete(id, "").await.unwrap();
+    }
+    let topics = bench.topics();
+    let exits = topics.iter().filter(|topic| **topic == topic::EXIT);
+    assert_eq!(exits.count(), 2);
+}
+
+#[tokio::test(flavor = "current_thread", start_paused = true)]
+async fn a_container_that_is_killed_costs_no_other() {
+    let bench = Bench::new(Manners::default());
+    for id in ["created", "started", "other"] {
+        bench.tasks.create(bench.creation(id)).await.unwrap();
+    }
+    bench.tasks.start("started", "").await.unwrap();
+    for id in ["created", "started"] {
+        bench.tasks.kill(id, "", 9, false).await.unwrap();
+        assert_eq!(bench.tasks.wait(id, "").await.unwrap().status, KILLED);
+    }
+    bench.tasks.delete("started", "").await.unwrap();
+    // One that is deleted and comes again is another.
+    bench.tasks.create(bench.creation("started")).await.unwrap();
+    sleep(Duration::from_secs(1000)).await;
+    assert!(bench.pod().gone().is_none());
 }
 
 #[tokio::test(flavor = "current_thread", start_paused = true)]

@@ -77,6 +77,7 @@ fn manners() -> impl Strategy<Value = Manners> {
                 start_fails,
                 drain_ms,
                 hides_execs: false,
+                ignores_signals: false,
             },
         )
 }
