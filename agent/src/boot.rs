@@ -32,6 +32,9 @@ pub const SHM_DIR: &str = "/dev/shm";
 /// what container runtimes' services have elsewhere, and the kernel's own bound by default.
 const DESCRIPTORS: u64 = 1 << 20;
 
+/// Greatest number of PIDs (Linux, `PID_MAX_LIMIT` of 64-bit kernels).
+const PIDS: i64 = 4 << 20;
+
 /// When the guest reached which stage.
 #[derive(Debug, Clone, Default)]
 pub struct Stages(Vec<(&'static str, u64)>);
@@ -218,10 +221,12 @@ fn raise_limits() {
             log::warn!("containers get the kernel's limit {resource:?}: {error}");
         }
     }
-    // Of the memory at boot too, and far fewer than one process may have. Open files count as memory
-    // of their container, which bounds them better.
-    if let Err(error) = fs::write("/proc/sys/fs/file-max", i64::MAX.to_string()) {
-        log::warn!("all containers together get the kernel's limit of open files: {error}");
+    // Of the memory and the processors at boot too, and the first far fewer than one process may
+    // have. Both count as memory of their container, which bounds them better.
+    for (setting, value) in [("fs/file-max", i64::MAX), ("kernel/pid_max", PIDS)] {
+        if let Err(error) = fs::write(format!("/proc/sys/{setting}"), value.to_string()) {
+            log::warn!("all containers together get the kernel's limit {setting}: {error}");
+        }
     }
 }
 
