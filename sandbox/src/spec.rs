@@ -1,11 +1,14 @@
 //! An OCI specification made for the host, turned into one for the guest.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use caisson_fs::ReadOnly;
 use caisson_protocol::POD_SHM;
 use oci_spec::runtime::{
-    LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    LinuxDeviceCgroup, LinuxDeviceType, LinuxNamespaceType, LinuxResources, Mount, Spec,
 };
 
 use crate::error::Error;
@@ -189,7 +192,8 @@ pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
             .set_poststop(None);
     }
     if let Some(process) = spec.process_mut() {
-        without_host_labels(process);
+        // AppArmor and SELinux confine processes on the kernel that loaded the policy: the host's.
+        process.set_apparmor_profile(None).set_selinux_label(None);
     }
     if let Some(linux) = spec.linux_mut() {
         // The agent decides where a container's cgroup is.
@@ -241,21 +245,18 @@ pub fn translate(spec: &mut Spec, machine: u32) -> Result<bool, Error> {
     Ok(joins_pod)
 }
 
-/// Turns the specification of a further process, made for the host, into one for the guest.
+/// Turns the specification of a further process, made for the host, into one for the guest. What is
+/// not of OCI's stays in it: the agent is asked for copies of files so.
 ///
 /// # Errors
 /// It is none.
 pub fn translate_process(json: &[u8]) -> Result<Vec<u8>, Error> {
     let malformed = |error| Error::Invalid(format!("malformed process specification: {error}"));
-    let mut process: Process = serde_json::from_slice(json).map_err(malformed)?;
-    without_host_labels(&mut process);
+    let mut process: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(json).map_err(malformed)?;
+    // As of a first process.
+    process.retain(|name, _| name != "apparmorProfile" && name != "selinuxLabel");
     serde_json::to_vec(&process).map_err(malformed)
-}
-
-/// AppArmor profiles and SELinux labels confine processes on the kernel that loaded the policy: the
-/// host's. A container's processes never run there.
-fn without_host_labels(process: &mut Process) {
-    process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
 /// Gives a container of the pod's IPC namespace the pod's `/dev/shm`. Its caller has made one on
@@ -486,12 +487,13 @@ mod tests {
     #[test]
     fn labels_of_the_hosts_kernel_go() {
         let process = r#"{"cwd":"/","args":["x"],"user":{"uid":0,"gid":0},"noNewPrivileges":true,
-            "apparmorProfile":"cri-containerd.apparmor.d","selinuxLabel":"system_u:system_r:c"}"#;
+            "apparmorProfile":"cri-containerd.apparmor.d","selinuxLabel":"system_u:system_r:c","x":1}"#;
         let text = format!(r#"{{"ociVersion":"1.2.0","process":{process}}}"#);
         let mut one = parse(text.as_bytes()).unwrap();
         translate(&mut one, 7).unwrap();
         let further = translate_process(process.as_bytes()).unwrap();
-        let further: Process = serde_json::from_slice(&further).unwrap();
+        assert!(String::from_utf8_lossy(&further).contains(r#""x":1"#));
+        let further: oci_spec::runtime::Process = serde_json::from_slice(&further).unwrap();
         for process in [one.process().as_ref().unwrap(), &further] {
             let labels = (process.apparmor_profile(), process.selinux_label());
             assert_eq!(labels, (&None, &None));
