@@ -60,6 +60,8 @@ pub struct Process {
     pub dying: bool,
     /// Its `Delete` is under way.
     pub deleting: bool,
+    /// Since when the guest has not deleted it.
+    pub kept_since: Option<Instant>,
     /// Ends once the program that takes its output has ended, if there is one.
     pub logger: Option<JoinHandle<()>>,
     /// The container is frozen.
@@ -85,6 +87,7 @@ impl Process {
             early_exit: None,
             dying: false,
             deleting: false,
+            kept_since: None,
             logger: None,
             paused: false,
             oom_told: None,

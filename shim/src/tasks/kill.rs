@@ -1,17 +1,18 @@
-//! Signals, and a guest that does not do what the last of them says.
+//! Signals, and a guest that does not let a container end or go.
 
 use std::{sync::Arc, time::Duration};
 
 use caisson_sandbox::scaled;
+use tokio::time::Instant;
 
 use super::{Name, Tasks};
-use crate::{error::Error, pod::Pod, process::Stage};
+use crate::{error::Error, process::Stage};
 
 /// SIGKILL (signal(7)).
 const SIGKILL: u32 = 9;
 
-/// How long a container may take to end by SIGKILL: one whose process waits for a disk or a share
-/// (uninterruptible sleep) ends after that.
+/// How long a container may take to end by SIGKILL, and then to be deleted: one whose process waits
+/// for a disk or a share (uninterruptible sleep) ends after that.
 const KILL_LIMIT: Duration = Duration::from_secs(60);
 
 impl Tasks {
@@ -34,13 +35,13 @@ impl Tasks {
         let pod = self.pod().await?;
         // Whatever the guest answers: it may lie.
         if signal == SIGKILL && (all || exec_id.is_empty()) {
-            self.insist(id, &pod);
+            self.insist(id);
         }
         Ok(pod.signal(id, exec_id, signal, all).await?)
     }
 
     /// Sees to it that the container ends, if that is not under way.
-    fn insist(self: &Arc<Self>, id: &str, pod: &Arc<dyn Pod>) {
+    fn insist(self: &Arc<Self>, id: &str) {
         let name = (id.to_owned(), String::new());
         let begun = self.with(&name, |process| {
             // The guest need not know of one that is being created.
@@ -49,13 +50,13 @@ impl Tasks {
             Ok(first)
         });
         if let Ok(true) = begun {
-            let (tasks, pod) = (self.clone(), pod.clone());
-            tokio::spawn(async move { tasks.end_by_force(name, pod).await });
+            let tasks = self.clone();
+            tokio::spawn(async move { tasks.end_by_force(name).await });
         }
     }
 
     /// Stops the microVM unless the guest tells the container's end in time.
-    async fn end_by_force(&self, name: Name, pod: Arc<dyn Pod>) {
+    async fn end_by_force(&self, name: Name) {
         let limit = scaled(KILL_LIMIT);
         if self.ends_within(limit, &name).await {
             return;
@@ -66,7 +67,34 @@ impl Tasks {
             name.0,
             limit.as_secs()
         );
-        if let Err(error) = pod.stop(Duration::ZERO).await {
+        self.stop_pod().await;
+    }
+
+    /// Stops the microVM if its guest has refused for too long to delete a container that has ended:
+    /// its pod could not go.
+    pub(super) async fn kept(&self, name: &Name) {
+        let limit = scaled(KILL_LIMIT);
+        let since = self.with(name, |process| {
+            Ok(*process.kept_since.get_or_insert_with(Instant::now))
+        });
+        if !since.is_ok_and(|since| since.elapsed() > limit) {
+            return;
+        }
+        log::error!(
+            "the guest has not deleted container {} for {} s: stopping the microVM, and all containers \
+             in it",
+            name.0,
+            limit.as_secs()
+        );
+        self.stop_pod().await;
+    }
+
+    async fn stop_pod(&self) {
+        let stopped = match self.pod().await {
+            Ok(pod) => pod.stop(Duration::ZERO).await.map_err(Error::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = stopped {
             log::error!("{error}");
         }
     }

@@ -245,6 +245,9 @@ impl Tasks {
                 process.deleting = false;
                 Ok(())
             });
+            if exec_id.is_empty() {
+                self.kept(&name).await;
+            }
             return Err(error);
         }
         if exec_id.is_empty() {

@@ -42,6 +42,8 @@ pub(crate) struct Manners {
     pub(crate) hides_execs: bool,
     /// Signals are taken and do nothing.
     pub(crate) ignores_signals: bool,
+    /// No container is deleted.
+    pub(crate) keeps_containers: bool,
 }
 
 #[derive(Default)]
@@ -220,6 +222,9 @@ impl Pod for Arc<FakePod> {
     async fn delete_process(&self, container: &str, exec: &str) -> Result<(), SandboxError> {
         sleep(Duration::from_millis(self.manners.create_ms)).await;
         self.alive()?;
+        if self.manners.keeps_containers {
+            return Err(refusal(AgentErrorKind::Other));
+        }
         let name = name_of(container, exec);
         let mut state = self.state.lock().unwrap();
         match state.processes.get(&name) {

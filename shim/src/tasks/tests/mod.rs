@@ -169,6 +169,27 @@ async fn a_guest_that_does_not_end_a_container_is_ended() {
 }
 
 #[tokio::test(flavor = "current_thread", start_paused = true)]
+async fn a_guest_that_does_not_delete_a_container_is_ended() {
+    let bench = Bench::new(Manners {
+        ends_at_once: true,
+        keeps_containers: true,
+        ..Default::default()
+    });
+    bench.tasks.create(bench.creation("a")).await.unwrap();
+    bench.tasks.start("a", "").await.unwrap();
+    bench.tasks.wait("a", "").await.unwrap();
+    // Those who manage containers try again.
+    for _ in 0..2 {
+        bench.tasks.delete("a", "").await.unwrap_err();
+        assert!(bench.pod().gone().is_none());
+    }
+    sleep(Duration::from_secs(100)).await;
+    bench.tasks.delete("a", "").await.unwrap_err();
+    assert!(bench.pod().gone().is_some());
+    bench.tasks.delete("a", "").await.unwrap();
+}
+
+#[tokio::test(flavor = "current_thread", start_paused = true)]
 async fn a_container_that_is_killed_costs_no_other() {
     let bench = Bench::new(Manners::default());
     for id in ["created", "started", "other"] {

@@ -76,8 +76,7 @@ fn manners() -> impl Strategy<Value = Manners> {
                 ends_at_once,
                 start_fails,
                 drain_ms,
-                hides_execs: false,
-                ignores_signals: false,
+                ..Default::default()
             },
         )
 }
