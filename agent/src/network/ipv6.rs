@@ -71,6 +71,13 @@ pub fn set(interface: &NetworkInterface, index: u32, told: &mut Told) -> Result<
     Ok(())
 }
 
+/// Whether a sysctl has turned IPv6 off for the interface: the kernel refuses addresses and routes
+/// then.
+pub fn is_off(interface: &str) -> bool {
+    let setting = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"));
+    setting.is_ok_and(|text| text.trim() != "0")
+}
+
 /// False: the kernel, or the interface, has no IPv6.
 fn write(interface: &str, name: &str, value: u32) -> Result<bool> {
     let path = format!("/proc/sys/net/ipv6/conf/{interface}/{name}");

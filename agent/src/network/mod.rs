@@ -17,7 +17,7 @@ use crate::{
     failure::{Failure, Result},
 };
 use netlink::{Message, SET, Socket, attributes, u32_at};
-use routes::{describe, remove_other_routes, route_message};
+use routes::{describe, is_ipv6, remove_other_routes, route_message};
 
 // linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h
 const RTM_NEWLINK: u16 = 16;
@@ -93,7 +93,13 @@ fn configure_after(request: &Network, told: &mut ipv6::Told) -> Result<()> {
     for interface in &request.interfaces {
         configure_interface(&mut socket, &mut links, interface, request, told)?;
     }
-    let mut routes: Vec<&Route> = request.routes.iter().collect();
+    // What the pod's own sysctl has turned IPv6 off for goes without, as on the host.
+    let possible = |is_ipv6: bool, device: &str| !(is_ipv6 && ipv6::is_off(device));
+    let mut routes: Vec<&Route> = request
+        .routes
+        .iter()
+        .filter(|route| possible(is_ipv6(route), &route.device))
+        .collect();
     routes.sort_by_key(|route| !route.gateway.is_empty());
     let messages = routes
         .iter()
@@ -105,6 +111,9 @@ fn configure_after(request: &Network, told: &mut ipv6::Told) -> Result<()> {
     }
     let mut wanted = Vec::new();
     for neighbour in &request.neighbours {
+        if !possible(neighbour.address.contains(':'), &neighbour.device) {
+            continue;
+        }
         let message = neighbour_message(neighbour, by_name(&links, &neighbour.device)?)?;
         socket.request(&message, || {
             format!("set the neighbour {}", neighbour.address)
@@ -177,7 +186,7 @@ fn configure_interface(
 ) -> Result<()> {
     check_name(&wanted.name)?;
     let mac = parse_mac(&wanted.mac)?;
-    let addresses = wanted
+    let mut addresses = wanted
         .addresses
         .iter()
         .map(|text| parse_cidr(text))
@@ -197,6 +206,9 @@ fn configure_interface(
         })?;
     }
     ipv6::set(wanted, index, told)?;
+    if ipv6::is_off(&wanted.name) {
+        addresses.retain(|(address, _)| address.is_ipv4());
+    }
     let no_arp = libc::IFF_NOARP.cast_unsigned();
     let flags = if wanted.no_arp { no_arp } else { 0 };
     socket.request(&link_message(index, flags, no_arp), || {

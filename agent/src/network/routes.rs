@@ -28,6 +28,13 @@ const RTN_UNICAST: u8 = 1;
 /// `net/ipv6_route.h`: the metric of an IPv6 route that was given none.
 const IP6_RT_PRIO_USER: u32 = 1024;
 
+/// Whether it is a route of IPv6.
+pub fn is_ipv6(route: &Route) -> bool {
+    let parts = [&route.destination, &route.gateway, &route.source];
+    let first = parts.into_iter().find(|part| !part.is_empty());
+    first.is_some_and(|part| part.contains(':'))
+}
+
 /// `struct rtmsg`: family, lengths of destination and source, TOS, table, protocol, scope, type,
 /// flags.
 pub fn route_message(route: &Route, device: u32) -> Result<Message> {

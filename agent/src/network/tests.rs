@@ -252,6 +252,14 @@ fn advertisements(request: &mut Network, configure: &mut impl FnMut(&Network) ->
     configure(request).unwrap();
     assert!(ip("addr show eth1").contains("fd09::2/64"));
     assert_eq!(settings(), "0\n2\n1\n");
+    // A sysctl of the pod's own turns IPv6 off and on again.
+    let switch = |value| fs::write(format!("{DIRECTORY}/disable_ipv6"), value).unwrap();
+    switch("1");
+    configure(request).unwrap();
+    assert!(!ip("addr show eth1").contains("inet6"));
+    switch("0");
+    configure(request).unwrap();
+    assert!(ip("addr show eth1").contains("fd09::2/64"));
 }
 
 /// A whole configuration in a network namespace of the test's own, by the kernel that runs it.
