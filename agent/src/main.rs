@@ -20,6 +20,7 @@ mod oci;
 mod oom;
 mod readiness;
 mod reaper;
+mod resolver;
 mod resources;
 mod rpc;
 mod sandbox;

@@ -30,7 +30,7 @@ use crate::{
     container::{Created, Manager, published, trim},
     device,
     failure::{During, Failure, Result},
-    forward, huge_pages, oom, reaper, resources, sandbox,
+    forward, huge_pages, oom, reaper, resolver, resources, sandbox,
 };
 
 /// Longest that the first steps of a process may take when the caller names no end.
@@ -93,6 +93,7 @@ pub async fn serve(mut stages: Stages) -> Result<()> {
     tokio::spawn(trim::run(manager.clone()));
     let stdio = tokio::spawn(streams.serve());
     let forward = tokio::spawn(forward::serve());
+    let resolver = tokio::spawn(resolver::serve());
     let service = create_agent(Arc::new(Service {
         manager,
         stages,
@@ -110,6 +111,7 @@ pub async fn serve(mut stages: Stages) -> Result<()> {
         result = oom => result,
         result = stdio => result,
         result = forward => result,
+        result = resolver => result,
     };
     match ended {
         Ok(result) => result,

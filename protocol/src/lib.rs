@@ -1,6 +1,6 @@
 //! What the host and the agent in the guest share, and nothing else: the ttrpc
-//! service, the vsock ports, the framing of stdio streams and forwarded connections, how these are
-//! relayed, and the limits both sides keep.
+//! service, the vsock ports, the framing of stdio streams, forwarded connections and DNS messages, how
+//! connections are relayed, and the limits both sides keep.
 //!
 //! The host treats everything that comes over these channels as written by an
 //! attacker; the agent trusts the host.
@@ -12,6 +12,7 @@ pub mod forward;
 pub mod limits;
 pub mod ports;
 pub mod relay;
+pub mod resolver;
 pub mod stdio;
 
 /// Version of the protocol. Host and agent come from one build and must agree.

@@ -9,3 +9,6 @@ pub const STDIO: u32 = 1025;
 
 /// Connections to loopback ports of the pod: see [`crate::forward`].
 pub const FORWARD: u32 = 1026;
+
+/// Queries to the name server of the pod's network namespace: see [`crate::resolver`].
+pub const RESOLVER: u32 = 1027;

@@ -1,6 +1,6 @@
 //! docker with Caisson, as containerd's runtime and as an OCI runtime, by a dockerd of the test's own.
 
-use std::fs;
+use std::{fs, net::UdpSocket, thread};
 
 use caisson_tests::{Command, Finished, Host, Image, Running, Terminal, seconds, until};
 use rustix::process::Signal;
@@ -235,9 +235,35 @@ fn a_container_is_managed() {
     assert_eq!(docker.inspect("big", "{{.State.OOMKilled}}"), "true");
 }
 
+/// A name server of the host's, as long as the test program runs, for names that are not docker's:
+/// each has the address 192.0.2.53, and no other kind of record (RFC 1035, section 4).
+fn serve_names() {
+    const TYPE_A: &[u8] = &[0, 1, 0, 1];
+    let socket = UdpSocket::bind((GATEWAY, 53)).unwrap();
+    thread::spawn(move || {
+        let mut query = [0; 512];
+        while let Ok((length, from)) = socket.recv_from(&mut query) {
+            let name = query[12..length]
+                .iter()
+                .position(|byte| *byte == 0)
+                .unwrap();
+            let question = &query[12..12 + name + 5];
+            let is_a = question.ends_with(TYPE_A);
+            let counts = [0, 1, 0, u8::from(is_a), 0, 0, 0, 0];
+            let mut answer = [&query[..2], &[0x81, 0x80], &counts, question].concat();
+            if is_a {
+                let record = [&[0xc0, 12], TYPE_A, &[0, 0, 0, 60, 0, 4], &[192, 0, 2, 53]];
+                answer.extend(record.concat());
+            }
+            socket.send_to(&answer, from).unwrap();
+        }
+    });
+}
+
 #[test]
 fn networks_reach_the_guest() {
     let docker = Docker::start();
+    serve_names();
     let serve = "mkdir /w; echo from inside > /w/index.html; exec httpd -f -p 80 -h /w";
     docker
         .run(&[
@@ -247,6 +273,8 @@ fn networks_reach_the_guest() {
             "web",
             "--runtime",
             SHIM,
+            "--dns",
+            GATEWAY,
             "-p",
             "127.0.0.1:18080:80",
             "busybox",
@@ -296,6 +324,43 @@ fn networks_reach_the_guest() {
         assert!(seen.is_some(), "{}", docker.interfaces("web"));
     };
     has("eth0\neth1\nlo\n");
+    // Docker's names, and those that it asks others for, from one that was connected later, and from
+    // one that began so.
+    let ask = [
+        "sh",
+        "-c",
+        "ping -c 1 -W 10 web && nslookup -type=a outside.test",
+    ];
+    let found = until(seconds(10.0), || {
+        let finished = docker.run(&[&["exec", "web"], &ask[..]].concat());
+        finished.stdout().contains("192.0.2.53").then_some(())
+    });
+    assert!(
+        found.is_some(),
+        "{}",
+        docker.run(&[
+            "exec",
+            "web",
+            "sh",
+            "-c",
+            "cat /etc/resolv.conf; nslookup outside.test",
+        ])
+    );
+    let other = [
+        "run",
+        "--rm",
+        "--runtime",
+        SHIM,
+        "--dns",
+        GATEWAY,
+        "--network",
+        "second",
+        "busybox",
+    ];
+    docker
+        .run(&[&other, &ask[..]].concat())
+        .ok()
+        .expect_in_stdout("192.0.2.53");
     docker.run(&["network", "disconnect", "second", "web"]).ok();
     has("eth0\nlo\n");
     docker.run(&["network", "rm", "second"]).ok();

@@ -4,11 +4,12 @@
 //! Each interface gets a tap beside it in the namespace, and traffic control redirects every frame
 //! that arrives at the one to the other (ingress qdisc, u32, mirred), without a bridge. The guest's
 //! interface has the name, MAC, MTU, addresses, routes and permanent neighbours of the one it
-//! stands for. The host's own stack in the namespace sees no frame any more.
+//! stands for. The host's own stack in the namespace sees no frame any more, but for answers of name
+//! servers where dockerd asks them there.
 //!
 //! [`layout`] reads the namespace, [`namespace`] enters it, [`redirect`] and [`tap`] change it,
-//! [`forward`] takes connections to its loopback, which [`steering`] leads there. [`interface`] puts one
-//! there for a program that has none of its own.
+//! [`forward`] takes connections to its loopback, which [`steering`] leads there, [`resolver`] asks
+//! docker's name server there. [`interface`] puts one there for a program that has none of its own.
 
 mod forward;
 mod interface;
@@ -16,6 +17,7 @@ mod layout;
 mod limits;
 mod namespace;
 mod redirect;
+mod resolver;
 mod steering;
 mod tap;
 
@@ -31,6 +33,8 @@ pub use interface::Interface;
 pub use layout::{Layout, Link, mac};
 pub use limits::InterfaceLimits;
 use namespace::Namespace;
+use resolver::Resolver;
+pub use resolver::is_dockers;
 
 use crate::error::Error;
 
@@ -41,6 +45,7 @@ pub struct Network {
     /// As the guest was last told.
     told: Layout,
     forward: Option<Forward>,
+    resolver: Option<Resolver>,
 }
 
 /// An interface that the guest has.
@@ -87,6 +92,7 @@ impl Network {
             // A guest starts with nothing.
             told: Layout::default(),
             forward: None,
+            resolver: None,
         })
     }
 
@@ -97,6 +103,31 @@ impl Network {
     /// The kernel's.
     pub async fn forward_loopback(&mut self, vsock: PathBuf) -> Result<(), Error> {
         self.forward = Some(Forward::start(&self.namespace, vsock).await?);
+        Ok(())
+    }
+
+    /// Whether the guest's queries are passed on to docker's name server.
+    pub fn resolves_names(&self) -> bool {
+        let resolver = self.resolver.as_ref();
+        resolver.is_some_and(|resolver| !resolver.is_over())
+    }
+
+    /// Passes queries of the guest whose ports are behind the unix socket `vsock` on to docker's name
+    /// server in the namespace, which asks others there.
+    ///
+    /// # Errors
+    /// The agent does not take the connection; the kernel's.
+    pub async fn resolve_names(&mut self, vsock: &Path) -> Result<(), Error> {
+        let is_first = self.resolver.is_none();
+        self.resolver = Some(Resolver::start(&self.namespace, vsock).await?);
+        if is_first {
+            for index in self.taken.keys().copied() {
+                let name = tap::name_beside(index);
+                let what = format!("find the tap {name}");
+                let tap = self.namespace.run(what, move || tap::index_of(&name));
+                redirect::share_answers(self.namespace.handle(), index, tap.await?).await?;
+            }
+        }
         Ok(())
     }
 
@@ -159,6 +190,9 @@ impl Network {
         let handle = self.namespace.handle();
         tap::bring_up(handle, index, &name, link.mtu).await?;
         redirect::both(handle, link, index).await?;
+        if self.resolver.is_some() {
+            redirect::share_answers(handle, link.index, index).await?;
+        }
         Ok(taps)
     }
 
@@ -184,6 +218,7 @@ impl Network {
     /// Gives all interfaces, and the loopback, back.
     pub async fn release_all(&mut self) {
         self.forward = None;
+        self.resolver = None;
         for index in self.taken.keys().copied().collect::<Vec<_>>() {
             self.release(index).await;
         }

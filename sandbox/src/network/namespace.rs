@@ -80,7 +80,8 @@ impl Drop for Namespace {
     }
 }
 
-async fn inside<T: Send + 'static>(
+/// Runs `work` in a namespace, on a thread of its own.
+pub async fn inside<T: Send + 'static>(
     namespace: Arc<File>,
     what: String,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,

@@ -2,7 +2,14 @@
 
 use std::io;
 
-use rtnetlink::Handle;
+use rtnetlink::{
+    Handle,
+    packet_route::tc::{
+        TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption,
+        TcActionType, TcFilterU32Option, TcMirror, TcMirrorActionType, TcU32Key, TcU32Selector,
+        TcU32SelectorFlags,
+    },
+};
 
 use super::Link;
 use crate::error::Error;
@@ -35,6 +42,76 @@ async fn redirect(handle: &Handle, from: u32, to: u32) -> Result<(), rtnetlink::
         .redirect(to)?
         .execute()
         .await
+}
+
+/// A kind of frame: Ethernet's type, and a value of 32 bits under a mask at an offset behind
+/// Ethernet's header.
+struct Kind {
+    protocol: u16,
+    keys: &'static [(i32, u32, u32)],
+}
+
+/// ARP replies, by the operation (RFC 826).
+const ARP_REPLIES: Kind = Kind {
+    protocol: (libc::ETH_P_ARP as u16).to_be(),
+    keys: &[(4, 2, 0xffff)],
+};
+
+/// UDP of IPv4 from port 53, by IPv4's protocol and, behind a header without options, UDP's source
+/// (RFC 791, RFC 768).
+const ANSWERS: Kind = Kind {
+    protocol: (libc::ETH_P_IP as u16).to_be(),
+    keys: &[(8, 17 << 16, 0xff << 16), (20, 53 << 16, 0xffff << 16)],
+};
+
+/// Lets the namespace's own stack have answers of name servers as well, and what it must hear to send
+/// them anything: for a program there that asks them. [`undo`] ends that, too.
+pub async fn share_answers(handle: &Handle, index: u32, tap: u32) -> Result<(), Error> {
+    // Before the redirection, which has a number that the kernel gives from the other end.
+    for (priority, kind) in [(1, ARP_REPLIES), (2, ANSWERS)] {
+        let filter = handle.traffic_filter(index.cast_signed()).add();
+        let filter = filter
+            .parent(INGRESS)
+            .priority(priority)
+            .protocol(kind.protocol)
+            .u32(&mirror(&kind, tap));
+        let added = match filter {
+            Ok(filter) => filter.execute().await,
+            Err(error) => Err(error),
+        };
+        added.map_err(failed(format!(
+            "share answers of name servers at the network interface {index}"
+        )))?;
+    }
+    Ok(())
+}
+
+/// What fits goes to the tap, and on.
+fn mirror(kind: &Kind, tap: u32) -> [TcFilterU32Option; 2] {
+    let keys = kind.keys.iter().map(|&(off, val, mask)| {
+        let mut key = TcU32Key::default();
+        (key.off, key.val, key.mask) = (off, val, mask);
+        key
+    });
+    let mut selector = TcU32Selector::default();
+    selector.flags = TcU32SelectorFlags::Terminal;
+    selector.keys = keys.collect();
+    selector.nkeys = u8::try_from(selector.keys.len()).unwrap_or(u8::MAX);
+    let mut to_tap = TcMirror::default();
+    to_tap.generic.action = TcActionType::Ok;
+    to_tap.eaction = TcMirrorActionType::EgressMirror;
+    to_tap.ifindex = tap;
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+            to_tap,
+        ))]),
+    ];
+    [
+        TcFilterU32Option::Selector(selector),
+        TcFilterU32Option::Action(vec![action]),
+    ]
 }
 
 /// Removes the redirection from an interface. One that has none, or is gone, is fine.

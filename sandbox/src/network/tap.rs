@@ -51,6 +51,14 @@ pub fn create_plain(name: &str) -> io::Result<(OwnedFd, u32)> {
 fn quiet(name: &str) -> io::Result<u32> {
     // Kernels without IPv6 have no such file.
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+    index_of(name)
+}
+
+/// The index of the interface of that name in the calling thread's namespace.
+///
+/// # Errors
+/// There is none.
+pub fn index_of(name: &str) -> io::Result<u32> {
     let socket = rustix::net::socket(
         rustix::net::AddressFamily::UNIX,
         rustix::net::SocketType::DGRAM,

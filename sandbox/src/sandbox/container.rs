@@ -11,7 +11,7 @@ use caisson_vmm_api::{BlockContents, Fd};
 
 use super::{
     ContainerSpec, Created, Holdings, RootfsSource, Sandbox, Stdio, Upper, blocking,
-    process::stdio_message,
+    process::stdio_message, resolver::resolv_conf,
 };
 use crate::{
     deadline::scaled,
@@ -76,6 +76,7 @@ impl Sandbox {
         joins_pod: bool,
         holdings: &mut Holdings,
     ) -> Result<Created, Error> {
+        holdings.resolv_conf = resolv_conf(&spec);
         let mut huge_directories = Vec::new();
         for bind in spec::host_binds(&spec) {
             if let Some(volume) = Volume::at(&bind.source)? {

@@ -9,6 +9,7 @@ mod network;
 mod process;
 mod propagation;
 mod publications;
+mod resolver;
 mod sizing;
 mod trouble;
 mod types;
@@ -67,6 +68,8 @@ struct Holdings {
     followers: Vec<propagation::Follower>,
     /// Copies of published volumes.
     published: Vec<Publication>,
+    /// File of the host that is its resolv.conf.
+    resolv_conf: Option<PathBuf>,
 }
 
 /// A running sandbox.

@@ -67,6 +67,7 @@ impl Sandbox {
             return Ok(());
         };
         let mut network = network.lock().await;
+        self.resolve_names(&mut network).await;
         let Some(Difference { layout, gone, new }) = network.difference().await? else {
             return Ok(());
         };
