@@ -213,7 +213,7 @@ async fn ask_shim(id: &str, bundle: &Path) -> Result<u32, Error> {
 /// None but those printed.
 pub fn remove(matches: &ArgMatches) -> Result<u8, Error> {
     let force = matches.get_flag("force");
-    each(matches, true, |containers, name| {
+    each(matches, false, |containers, name| {
         let container = match containers.find(name) {
             // As docker: -f is content when there is nothing.
             Err(error @ Error::NoSuchContainer(_)) if force => {
@@ -221,7 +221,9 @@ pub fn remove(matches: &ArgMatches) -> Result<u8, Error> {
                 return Ok(());
             }
             Err(Error::DamagedContainer { id, .. }) if force => {
-                return containers.remove_damaged(&id);
+                containers.remove_damaged(&id)?;
+                say!("{name}");
+                return Ok(());
             }
             other => other?,
         };
@@ -237,10 +239,12 @@ pub fn remove(matches: &ArgMatches) -> Result<u8, Error> {
             wait_for_monitor(containers, &container.id, Instant::now() + scaled(END));
         }
         if matches.get_flag("volumes") {
-            volumes::remove_container(containers, &container)
+            volumes::remove_container(containers, &container)?;
         } else {
-            containers.remove(&container.id)
+            containers.remove(&container.id)?;
         }
+        say!("{name}");
+        Ok(())
     })
 }
 
