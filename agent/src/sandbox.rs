@@ -108,8 +108,7 @@ impl Names {
     }
 }
 
-/// Drops what nobody uses of these entries of the share, or paths below one, where something has gone;
-/// without any, of everything.
+/// Drops what nobody uses of these entries of the share, which have gone; without any, of everything.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -119,8 +118,7 @@ pub fn forget_files(entries: &[String]) -> Result<()> {
         return fs::write("/proc/sys/vm/drop_caches", "3").during(|| "drop the caches".to_owned());
     }
     for entry in entries {
-        // The kernel asks for it anew, hears that it is another or none, unmounts the file system that
-        // it was wherever it is mounted, and forgets what is below it.
+        // The kernel asks for it anew, hears that it has gone, and forgets what is below it.
         let _ = Path::new(boot::SHARE_DIR).join(entry).symlink_metadata();
     }
     Ok(())

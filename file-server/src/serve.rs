@@ -75,9 +75,9 @@ pub fn prepare(listener: OwnedFd, lifeline: &UnixStream) -> Result<Server, Error
         // could be opened.
         inode_file_handles: InodeFileHandlesMode::Never,
         readdirplus: true,
-        // Each share and what is mounted below is a file system of its own in the guest: inode
-        // numbers of different ones of the host would be taken for links of one file, and for loops.
-        announce_submounts: true,
+        // As file systems of their own they could be unmounted in the guest while a file's release
+        // waits for its readahead and holds the inode: Linux 6.12 finds that busy and panics.
+        announce_submounts: false,
         writeback: false,
         guest_fd_limit,
         ..Default::default()

@@ -10,7 +10,6 @@ use caisson_protocol::{HUGE_PREFIX, POD_SHM, PUBLISHED_PREFIX, SHARE_PREFIX};
 use oci_spec::runtime::Mount;
 use rustix::{
     fs::{AtFlags, CWD, FileType, OFlags},
-    io::Errno,
     mount::{
         FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
         fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
@@ -429,8 +428,6 @@ pub fn open_share(entry: &str) -> Result<OwnedFd> {
     open_beneath(boot::SHARE_DIR, entry)
 }
 
-/// A directory is opened as one: `O_PATH` alone would give what the kernel mounts a share's file system
-/// on instead of that (open(2)).
 fn open_beneath(directory: &str, entry: &str) -> Result<OwnedFd> {
     let opened = rustix::fs::openat(
         CWD,
@@ -439,12 +436,8 @@ fn open_beneath(directory: &str, entry: &str) -> Result<OwnedFd> {
         rustix::fs::Mode::empty(),
     )
     .during(|| format!("open {directory}"))?;
-    let open = |flags| paths::open(opened.as_fd(), Path::new(entry), flags);
-    match open(OFlags::PATH | OFlags::DIRECTORY) {
-        Err(Errno::NOTDIR) => open(OFlags::PATH),
-        found => found,
-    }
-    .during(|| format!("find {directory}/{entry}"))
+    paths::open(opened.as_fd(), Path::new(entry), OFlags::PATH)
+        .during(|| format!("find {directory}/{entry}"))
 }
 
 fn finish(made: BorrowedFd<'_>, options: &Options) -> Result<()> {

@@ -81,8 +81,8 @@ struct Below {
 }
 
 impl Below {
-    /// Brings it to what the host has. Gives what has gone, by its path in the share. Blocks.
-    fn bring(&mut self) -> std::io::Result<Vec<String>> {
+    /// Brings it to what the host has. True: some have gone. Blocks.
+    fn bring(&mut self) -> std::io::Result<bool> {
         let now = mount_table::below(&self.source)?;
         let has_gone = |path: &PathBuf, id: &u64| now.get(path) != Some(id);
         let gone: Vec<PathBuf> = self
@@ -116,9 +116,7 @@ impl Below {
             };
             self.mounted.insert(path, (id, mount));
         }
-        let entry = PathBuf::from(self.entry.to_string());
-        let in_share = |path: &PathBuf| entry.join(path).to_string_lossy().into_owned();
-        Ok(gone.iter().map(in_share).collect())
+        Ok(!gone.is_empty())
     }
 
     /// None: it is below another one and cannot be seen.
@@ -137,8 +135,8 @@ impl Below {
     }
 }
 
-/// [`Below::bring`].
-async fn bring(below: &Arc<Mutex<Below>>) -> Result<Vec<String>, Error> {
+/// True: some have gone.
+async fn bring(below: &Arc<Mutex<Below>>) -> Result<bool, Error> {
     let below = below.clone();
     blocking(move || {
         let mut below = below.lock().unwrap_or_else(PoisonError::into_inner);
@@ -153,23 +151,15 @@ async fn bring(below: &Arc<Mutex<Below>>) -> Result<Vec<String>, Error> {
 async fn follow(below: Arc<Mutex<Below>>, mut changes: Changes, agent: Agent) {
     let mut trouble = Trouble::default();
     while trouble.wait(changes.next()).await.unwrap_or(Ok(())).is_ok() {
-        let brought = bring(&below).await.map(|gone| {
-            if !gone.is_empty() {
-                tokio::spawn(forget_gone(agent.clone(), gone));
-            }
-        });
-        trouble.note(brought, |error| {
-            format!("later mounts are not seen in the guest for now: {error}")
-        });
-    }
-}
-
-/// What the guest remembers of mounts that have gone keeps their file systems in use.
-async fn forget_gone(agent: Agent, gone: Vec<String>) {
-    tokio::time::sleep(2 * caisson_fs::VALIDITY).await;
-    for entries in [gone, Vec::new()] {
-        if let Err(error) = forget(&agent, entries).await {
+        let gone = bring(&below).await;
+        // What the guest remembers of them keeps their file systems in use.
+        if let Ok(true) = gone
+            && let Err(error) = forget(&agent, Vec::new()).await
+        {
             log::warn!("{error}");
         }
+        trouble.note(gone.map(drop), |error| {
+            format!("later mounts are not seen in the guest for now: {error}")
+        });
     }
 }

@@ -78,7 +78,6 @@ fn later_mounts_of_the_host_come_and_go() {
     fs::create_dir_all(&point).unwrap();
     let script = "cd /data; ls early; until [ -d late/r/lost+found ]; do sleep 0.1; done
         echo guest >late/r/new; ls -lR late >/dev/null; echo came
-        [ $(stat -c %d .) != $(stat -c %d late/r) ] || echo one file system
         until [ ! -e late/r/new ]; do sleep 0.1; done; echo went
         until [ ! -e early/within ]; do sleep 0.1; done; ls early";
     let flag = format!("{flag}:rslave");
